@@ -1,0 +1,208 @@
+"""Tasks on torch's own threads: compile a function of a task, run it for every task.
+
+Numba's own pools are a second set of threads beside torch's, and the one that is always there costs
+57 to 105 us a launch and aborts under concurrent callers; torch's OpenMP pool costs 1.1 to 2.1
+(2-core AMD Zen 5, 2026-11). So the loop over tasks is outlined here, in LLVM IR, and handed to it.
+"""
+
+import ctypes
+import os
+from functools import cached_property, lru_cache
+from hashlib import sha256
+from pathlib import Path
+from threading import Lock
+
+import llvmlite.binding
+import numba
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.caching import FunctionCache
+from numba.extending import intrinsic
+
+# Everything but nnan and ninf: rows with inf or NaN must come out as the formula says.
+FAST = frozenset({"reassoc", "nsz", "arcp", "contract"})
+
+# A parallel region costs microseconds: below this many elements one thread is faster.
+SERIAL_BELOW = 1 << 14
+
+INT8, INT32, INT64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+
+
+# --- Compiled code is kept, outside site-packages, in a folder named by all that went into it.
+
+
+@lru_cache
+def _cache_folder() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    stamp = sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = os.environ.get("TILEWISE_CACHE") or Path(home) / "tilewise"
+    return str(Path(root) / "numba" / f"{numba.__version__}-{stamp}")
+
+
+class _Cache(FunctionCache):
+    """Numba's own index misses in every process where a function closes over another one; here the
+    folder's name already stands for every source."""
+
+    def _index_key(self, signature, codegen):
+        return signature, codegen.magic_tuple()
+
+
+def compiled(function):
+    """`numba.njit` with the house's flags, releasing the GIL, kept between processes."""
+    dispatcher = numba.njit(function, fastmath=set(FAST), error_model="numpy", nogil=True)
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = _cache_folder()
+    try:
+        dispatcher._cache = _Cache(function)
+    except (RuntimeError, OSError):  # nowhere to write: compile anew in every process
+        pass
+    finally:
+        numba.config.CACHE_DIR = before
+    return dispatcher
+
+
+# --- The pool.
+
+
+def _find_pool():
+    """torch's own `GOMP_parallel`, or None where its wheel carries another runtime."""
+    if os.environ.get("TILEWISE_POOL", "torch") != "torch":
+        return None
+    for library in Path(torch.__file__).parent.joinpath("lib").glob("libgomp*.so*"):
+        parallel = getattr(ctypes.CDLL(str(library)), "GOMP_parallel", None)
+        if parallel is not None:
+            return ctypes.cast(parallel, ctypes.c_void_p).value
+    return None
+
+
+_POOL = _find_pool()
+if _POOL:
+    llvmlite.binding.add_symbol("tilewise_parallel", _POOL)
+
+# The threads of the pool do not survive a fork, and torch's runtime then waits for them for ever.
+_FORKED = False
+
+
+def _after_fork():
+    global _FORKED
+    _FORKED = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@intrinsic
+def _for_each_task(typing_context, body, tasks, threads, args):
+    """body(task, *args) for every task, by `threads` threads that take the next one when free."""
+    signature = types.void(body, tasks, threads, args)
+    compiled_body = body.dispatcher.get_compile_result(
+        body.get_call_type(typing_context, (types.int64, *args.types), {})
+    )
+
+    def emit(context, builder, signature, arguments):
+        _, tasks, threads, args = arguments
+        context.add_linking_libs([compiled_body.library])
+        # What every thread sees: the next task, how many there are, the arguments.
+        state = ir.LiteralStructType([INT64, INT64, args.type])
+        shared = cgutils.alloca_once(builder, state)
+        for i, value in enumerate((ir.Constant(INT64, 0), tasks, args)):
+            builder.store(value, cgutils.gep_inbounds(builder, shared, 0, i))
+
+        work = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [INT8.as_pointer()]),
+                           builder.module.get_unique_name("tilewise_work"))  # fmt: skip
+        work.linkage = "internal"
+        inner = ir.IRBuilder(work.append_basic_block("entry"))
+        _emit_loop(context, inner, compiled_body, signature.args[3], state)
+
+        run = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [work.type, INT8.as_pointer(), INT32, INT32]),
+            "tilewise_parallel",
+        )
+        data = builder.bitcast(shared, INT8.as_pointer())
+        alone = builder.icmp_signed("<=", threads, ir.Constant(INT64, 1))
+        with builder.if_else(alone) as (serial, parallel):
+            with serial:
+                builder.call(work, [data])
+            with parallel:
+                if _POOL:
+                    builder.call(run, [work, data, builder.trunc(threads, INT32), INT32(0)])
+                else:
+                    builder.call(work, [data])
+        return context.get_dummy_value()
+
+    return signature, emit
+
+
+def _emit_loop(context, builder, body, args_type, state):
+    shared = builder.bitcast(builder.function.args[0], state.as_pointer())
+    tasks = builder.load(cgutils.gep_inbounds(builder, shared, 0, 1))
+    args = builder.load(cgutils.gep_inbounds(builder, shared, 0, 2))
+    take = builder.append_basic_block("take")
+    do = builder.append_basic_block("do")
+    done = builder.append_basic_block("done")
+    builder.branch(take)
+
+    builder.position_at_end(take)
+    counter = cgutils.gep_inbounds(builder, shared, 0, 0)
+    task = builder.atomic_rmw("add", counter, ir.Constant(INT64, 1), "monotonic")
+    builder.cbranch(builder.icmp_signed("<", task, tasks), do, done)
+
+    builder.position_at_end(do)
+    function = context.declare_function(builder.module, body.fndesc)
+    unpacked = cgutils.unpack_tuple(builder, args)
+    context.call_conv.call_function(
+        builder, function, body.fndesc.restype, body.fndesc.argtypes, [task, *unpacked]
+    )  # the status is dropped: with error_model="numpy" and no allocation nothing raises
+    builder.branch(take)
+
+    builder.position_at_end(done)
+    builder.ret_void()
+
+
+class Kernel:
+    """A function of `(task, *args)`; calling it runs every task and returns when all are done."""
+
+    _one_at_a_time = Lock()  # Numba's own pool aborts under concurrent callers
+
+    def __init__(self, body):
+        self.body = compiled(body)
+
+    @cached_property
+    def _launch(self):
+        body = self.body
+
+        def launch(tasks, threads, *args):
+            _for_each_task(body, tasks, threads, args)
+
+        return self._named(launch)
+
+    @cached_property
+    def _launch_numba(self):
+        body = self.body
+
+        def launch(tasks, *args):
+            for task in numba.prange(tasks):
+                body(task, *args)
+
+        return numba.njit(parallel=True, nogil=True)(launch)
+
+    def _named(self, launch):
+        launch.__qualname__ = f"{self.body.py_func.__qualname__}.launch"
+        launch.__module__ = self.body.py_func.__module__
+        return compiled(launch)
+
+    def __call__(self, tasks: int, elements: int, *args) -> None:
+        """Run tasks 0 to `tasks` - 1, on one thread if they touch few `elements` in all."""
+        threads = min(torch.get_num_threads(), tasks)
+        if elements < SERIAL_BELOW or threads < 2 or _FORKED:
+            self._launch(tasks, 1, *args)
+        elif _POOL:
+            self._launch(tasks, threads, *args)
+        else:
+            with self._one_at_a_time:
+                self._launch_numba(tasks, *args)

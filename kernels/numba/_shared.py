@@ -1,0 +1,20 @@
+"""How rows are shared out among tasks, the same whatever the number of threads."""
+
+from torch import Tensor
+
+# Rows are split into this many parts whatever the number of threads, so the bits never change;
+# and a sum over parts of sums is nearer the truth than one long sum.
+PARTS = 32
+
+CACHE_LINE = 64  # bytes
+
+
+def parts_for(rows: int) -> int:
+    """Into how many independent parts to split `rows`."""
+    return min(rows, PARTS)
+
+
+def partial_sums(x: Tensor, parts: int, dtype) -> Tensor:
+    """Zeros [parts, cols or more], each part on cache lines of its own."""
+    per_line = CACHE_LINE // dtype.itemsize
+    return x.new_zeros(parts, -(-x.shape[-1] // per_line) * per_line, dtype=dtype)

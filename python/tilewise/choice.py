@@ -1,0 +1,163 @@
+"""Which backend runs: `backend=` > `with tilewise.backend(...)` > TILEWISE_BACKEND > automatic."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewise import native
+from tilewise.op import INTERPRETED, OPS, Backend, Op
+
+BACKENDS = ("cuda", "numba", "triton", "reference")
+
+Refusal = tuple[type[Exception], str]
+
+
+def _known(names: tuple[str, ...], where: str) -> tuple[str, ...]:
+    for name in names:
+        if name not in BACKENDS:
+            raise ValueError(f"{where}: must be among {', '.join(BACKENDS)}, got {name!r}")
+    return names
+
+
+class _Preference:
+    """Attributes of a module-level object: Dynamo guards on them, but not on a ContextVar."""
+
+    names: tuple[str, ...] = _known(
+        tuple(filter(None, os.environ.get("TILEWISE_BACKEND", "").split(","))), "TILEWISE_BACKEND"
+    )
+    strict: bool = False
+
+
+_PREFERENCE = _Preference()
+
+
+@contextmanager
+def backend(*names: str, strict: bool = False) -> Iterator[None]:
+    """Prefer the backends `names`, in this order, for every op within the block.
+
+    Args:
+        names: Of "cuda", "numba", "triton", "reference". None at all restores the automatic choice.
+        strict: Raise where none of them can run, rather than go on with the automatic order.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    names = _known(names, "backend")
+    before = _PREFERENCE.names, _PREFERENCE.strict
+    _PREFERENCE.names, _PREFERENCE.strict = names, strict
+    try:
+        yield
+    finally:
+        _PREFERENCE.names, _PREFERENCE.strict = before
+
+
+_PRESENT: dict[str, bool] = {}
+
+
+def _present(needs: str) -> bool:
+    if needs == native.MODULE:
+        return native.is_built()
+    if needs not in _PRESENT:
+        _PRESENT[needs] = find_spec(needs) is not None
+    return _PRESENT[needs]
+
+
+_present._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see op.transforming
+
+
+def refusal(candidate: Backend, *tensors: Tensor | None, **options: Any) -> Refusal | None:
+    """Say why `candidate` cannot take these inputs, and as which error, or None if it can."""
+    first = tensors[0]
+    assert first is not None
+    device, dtype = first.device.type, first.dtype
+    if device not in candidate.devices:
+        return RuntimeError, f"runs on {' and '.join(sorted(candidate.devices))}, got {device}"
+    if not (_present(candidate.needs) or (candidate.needs == native.MODULE and native.can_build())):
+        return RuntimeError, f"needs {candidate.needs}, which is not installed"
+    if dtype not in candidate.dtypes:
+        return TypeError, f"takes {', '.join(sorted(map(str, candidate.dtypes)))}, got {dtype}"
+    if reason := candidate.refuses(*tensors, **options):
+        return NotImplementedError, reason
+    return None
+
+
+def _passed_over(name: str, candidate: Backend, *tensors: Any, **options: Any) -> str | None:
+    """Why the automatic choice steps past a backend that may well be able to run."""
+    if refused := refusal(candidate, *tensors, **options):
+        return refused[1]
+    if not _present(candidate.needs):
+        return "is not built, run `tilewise build`"
+    if name == "triton" and INTERPRETED:
+        return "is interpreted, never chosen automatically"
+    return candidate.declines(*tensors, **options)
+
+
+def choose(op: Op, backend: str | None, *tensors: Tensor | None, **options: Any) -> str:
+    """Name the backend that will run: the one asked for, else the first that can, else reference.
+
+    Raises:
+        ValueError: If the backend asked for is unknown.
+        RuntimeError, TypeError, NotImplementedError: If it cannot take these inputs.
+    """
+    if backend is not None:
+        return _strictly(op, backend, *tensors, **options)
+    for name in _PREFERENCE.names:
+        if name == "reference":
+            return name
+        if name in op.backends and refusal(op.backends[name], *tensors, **options) is None:
+            return name
+    if _PREFERENCE.strict:
+        return _strictly(op, _PREFERENCE.names[0], *tensors, **options)
+    return _automatic(op, *tensors, **options)
+
+
+def _strictly(op: Op, name: str, *tensors: Tensor | None, **options: Any) -> str:
+    if name == "reference":
+        return name
+    if name not in op.backends:
+        known = ", ".join([*op.backends, "reference"])
+        raise ValueError(f"{op.name}: backend must be one of {known}, got {name!r}")
+    if refused := refusal(op.backends[name], *tensors, **options):
+        error, reason = refused
+        able = _automatic(op, *tensors, **options)
+        raise error(f"{op.name}: backend {name!r} {reason}; {able!r} can run this")
+    return name
+
+
+def _automatic(op: Op, *tensors: Tensor | None, **options: Any) -> str:
+    for name, candidate in op.backends.items():
+        if _passed_over(name, candidate, *tensors, **options) is None:
+            return name
+    return "reference"
+
+
+def explain(name: str, *tensors: Tensor | None, **options: Any) -> dict[str, str]:
+    """Say for each backend of the op `name` whether it can take these inputs, or why it cannot.
+
+    Args:
+        name: An op, such as "rms_norm".
+        tensors: Its tensors, in the order of its signature.
+        options: Its keyword arguments.
+
+    Returns:
+        A sentence by backend. The one that would run without `backend=` is marked "chosen".
+
+    Raises:
+        ValueError: If there is no such op.
+    """
+    if name not in OPS:
+        raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {name!r}")
+    op = OPS[name]
+    answer = {
+        n: _passed_over(n, b, *tensors, **options) or "can run" for n, b in op.backends.items()
+    }
+    answer["reference"] = "can run"
+    first = next(t for t in tensors if t is not None)
+    if torch._C._functorch.is_functorch_wrapped_tensor(first):
+        return answer | {"reference": "chosen, for torch.func transforms it"}
+    return answer | {choose(op, None, *tensors, **options): "chosen"}

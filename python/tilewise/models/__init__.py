@@ -1,0 +1,1 @@
+"""Reference transformers, assembled from the ops."""

@@ -1,0 +1,225 @@
+"""What an op is: one record from which choice, checks, tests, benchmarks and docs are read."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tilewise import native
+
+Size = Mapping[str, Any]
+Tensors = tuple[Tensor | None, ...]
+Inputs = tuple[Tensors, dict[str, Any]]
+
+HALVES = frozenset({torch.float16, torch.bfloat16})
+FLOATS = HALVES | {torch.float32}
+CPU_FLOATS = FLOATS | {torch.float64}
+CUDA = frozenset({"cuda"})
+CPU = frozenset({"cpu"})
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+TRITON_DEVICES = frozenset({"cuda", "cpu"}) if INTERPRETED else CUDA
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Attributes:
+        module: Import path of the module that holds `<op>_forward` and `<op>_backward`.
+        needs: Importable module without which this backend is absent.
+        devices: Torch device types it runs on.
+        dtypes: Dtypes it accepts for the first tensor.
+        refuses: Given the op's tensors and options, what it cannot do about them, or None.
+        declines: Given the same, why another backend is faster, or None: only the automatic choice
+            heeds it.
+    """
+
+    module: str
+    needs: str
+    devices: frozenset[str]
+    dtypes: frozenset[torch.dtype]
+    refuses: Callable[..., str | None] = lambda *tensors, **options: None
+    declines: Callable[..., str | None] = lambda *tensors, **options: None
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op, declared once.
+
+    Attributes:
+        name: The word for this op in every room: file, symbol, test id, benchmark row.
+        call: The public function.
+        reference: The same function in plain, differentiable PyTorch. It is the specification.
+        backends: Implementations by name, best first.
+        inputs: Builds `(tensors, options)` for a size, on a device, in a dtype.
+        sizes: Sizes where kernels go wrong; checked by the tests.
+        workloads: Sizes worth the clock; timed by the benchmarks.
+        bytes_moved: Bytes one forward must move, given tensors and options, for the roofline.
+        flops: Floating-point operations of one forward that a matrix product would count.
+        native: PyTorch's own function on the same arguments, where there is one.
+        constants: Positions of the tensors that have no gradient.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    reference: Callable[..., Any]
+    backends: Mapping[str, Backend]
+    inputs: Callable[..., Inputs]
+    sizes: Sequence[Size]
+    workloads: Sequence[Size]
+    bytes_moved: Callable[..., int]
+    flops: Callable[..., int] | None = None
+    native: Callable[..., Any] | None = None
+    constants: frozenset[int] = frozenset()
+
+
+OPS: dict[str, Op] = {}
+
+
+def declare(op: Op) -> Op:
+    """Enter an op in the table that checks, tests, benchmarks and docs iterate over."""
+    if op.name in OPS:
+        raise ValueError(f"op {op.name!r} is declared twice")
+    OPS[op.name] = op
+    return op
+
+
+def backends_of(
+    op: str,
+    *,
+    cuda: Callable[..., str | None] | None = None,
+    numba: Callable[..., str | None] | None = None,
+    triton: Callable[..., str | None] | None = None,
+) -> dict[str, Backend]:
+    """The backends of an op by the house's rule, in the automatic order: cuda, numba, triton.
+
+    Each argument is that backend's `refuses`; None means the op has no such kernel.
+    """
+    table = {
+        "cuda": (cuda, native.MODULE, CUDA, FLOATS),
+        "numba": (numba, "numba", CPU, CPU_FLOATS),
+        "triton": (triton, "triton", TRITON_DEVICES, FLOATS),
+    }
+    return {
+        name: Backend(f"tilewise.kernels.{name}.{op}", needs, devices, dtypes, refuses)
+        for name, (refuses, needs, devices, dtypes) in table.items()
+        if refuses is not None
+    }
+
+
+def takes_all(*tensors: Tensor | None, **options: Any) -> None:
+    """A `refuses` that refuses nothing."""
+
+
+# --- What PyTorch sees.
+
+_LIBRARY = torch.library.Library("tilewise", "FRAGMENT")
+
+
+def register(
+    schema: str, backends: Mapping[str, Backend], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Make `torch.ops.tilewise.<name>`, whose last argument names the backend to run.
+
+    The op is what torch.compile sees. The backend is already chosen, so running it is a lookup.
+    """
+    name = schema.partition("(")[0]
+    kernels: dict[str, Callable[..., Any]] = {}
+
+    def find(chosen: str) -> Callable[..., Any]:
+        if backends[chosen].needs == native.MODULE:
+            native.load()
+        elif "cuda" in backends and torch.cuda.is_available():
+            native.mention_unbuilt()
+        kernel: Callable[..., Any] = getattr(import_module(backends[chosen].module), name)
+        return kernels.setdefault(chosen, kernel)
+
+    def run_cpu(*args: Any) -> Any:
+        kernel = kernels.get(args[-1]) or find(args[-1])
+        return kernel(*args[:-1])
+
+    def run_cuda(*args: Any) -> Any:
+        kernel = kernels.get(args[-1]) or find(args[-1])
+        with torch.cuda.device(args[0].device):
+            return kernel(*args[:-1])
+
+    # Exact strides: a kernel is promised rows one after the other, and Inductor must keep that.
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+    _LIBRARY.define(schema, tags=tags)
+    _LIBRARY.impl(name, run_cpu, "CPU")
+    _LIBRARY.impl(name, run_cuda, "CUDA")
+    torch.library.register_fake(f"tilewise::{name}", fake, lib=_LIBRARY)
+    op: Callable[..., Any] = getattr(torch.ops.tilewise, name).default
+    return op
+
+
+# --- What a front door asks.
+
+
+def _in_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# torch.compiler.assume_constant_result, without the second it takes to import Dynamo and Triton.
+# Unmarked, this is True under Dynamo, and a compiled model silently runs the reference.
+_in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def transforming() -> bool:
+    """Whether torch.func or forward-mode AD is at work, to which our ops are opaque.
+
+    The front door then returns the reference, which is right to any order.
+    """
+    return forward_ad._current_level >= 0 or _in_functorch()
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether to pay for an autograd.Function: 3.5 us a call beside the 4.0 of the op alone."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def differentiable_gradients(
+    reference: Callable[..., Any],
+    douts: Tensor | Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
+    *options: Any,
+) -> tuple[Tensor | None, ...]:
+    """Gradients for `create_graph=True`: those of the reference, to be differentiated again.
+
+    One for each of `tensors`, None for those that are None or not floating point.
+    """
+    with torch.enable_grad():
+        leaves = [
+            t if t is None or t.requires_grad or not t.is_floating_point()
+            else t.detach().requires_grad_()
+            for t in tensors
+        ]  # fmt: skip
+        wanted = [t for t in leaves if t is not None and t.requires_grad]
+        outs = reference(*leaves, *options)
+        grads = iter(
+            torch.autograd.grad(outs, wanted, douts, create_graph=True, materialize_grads=True)
+        )
+    return tuple(next(grads) if t is not None and t.requires_grad else None for t in leaves)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype the arithmetic is done in: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """View `[..., cols]` as `[rows, cols]`, each row contiguous; copy only if there is no view."""
+    rows = x.reshape(x.numel() // max(x.shape[-1], 1), x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The lower precision of autocast where it is on for the device of `x`, else None."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
