@@ -1,5 +1,4 @@
-"""RMSNorm on the CPU: parts of the rows in parallel, each row read twice, the second time from L1.
-"""
+"""RMSNorm on the CPU: parts of the rows in parallel, each row read twice (once more from L1)."""
 
 import math
 
@@ -7,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tilewise.kernels.numba._parallel import Kernel
-from tilewise.kernels.numba._shared import parts_for, partial_sums
+from tilewise.kernels.numba._shared import partial_sums, parts_for
 from tilewise.kernels.numba._simd import address, kind, load, offset, pointer, real, store
 
 

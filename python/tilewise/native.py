@@ -1,5 +1,6 @@
 """The compiled module `tilewise._cuda`: where it is, and whether it can be built."""
 
+from importlib import import_module
 from importlib.util import find_spec
 
 MODULE = "tilewise._cuda"
@@ -17,7 +18,7 @@ def can_build() -> bool:
 
 def load() -> None:
     """Import the module, so that `from tilewise import _cuda` works."""
-    import tilewise._cuda  # noqa: F401
+    import_module(MODULE)
 
 
 def mention_unbuilt() -> None:

@@ -1,0 +1,215 @@
+"""Is a backend right? One rule, used by `tilewise check` and by the tests.
+
+Truth is the reference in fp64; the yardstick is the reference run in the dtype at hand. In every
+block of at most 32 consecutive rows, with maxima over the block,
+
+    max|ours - truth| <= 2 max|yardstick - truth| + eps max|truth|
+
+and over the whole tensor the mean error is at most twice the yardstick's, or twice that of the
+truth correctly rounded, where this is larger. Outputs and every gradient.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewise.choice import refusal
+from tilewise.op import INTERPRETED, Op, Size, Tensors
+
+BLOCK_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Result:
+    """One output or gradient of one case, or the reason why the case cannot run."""
+
+    op: str
+    backend: str
+    device: str
+    dtype: str
+    size: dict[str, Any]
+    output: str = ""
+    error: float = 0.0
+    allowed: float = 0.0
+    ok: bool = True
+    skipped: str = ""
+
+    def row(self) -> dict[str, Any]:
+        """The JSON form: `skipped` is there only for a case that did not run."""
+        row = asdict(self)
+        if self.skipped:
+            return {k: row[k] for k in ("op", "backend", "device", "dtype", "size", "skipped")}
+        del row["skipped"]
+        return row
+
+    @property
+    def ratio(self) -> float:
+        """The error as a part of what is allowed."""
+        return self.error / self.allowed if self.allowed else float(self.error > 0)
+
+
+def cases(op: Op) -> Iterator[tuple[str, torch.dtype, Size]]:
+    """Every (backend, dtype, size) of `op`, whether or not this machine can run it."""
+    for name, backend in op.backends.items():
+        for dtype in sorted(backend.dtypes, key=str):
+            yield from ((name, dtype, size) for size in op.sizes)
+
+
+def gradient_inputs(op: Op, tensors: Tensors) -> list[int]:
+    """Positions of the tensors that have a gradient."""
+    return [
+        i
+        for i, t in enumerate(tensors)
+        if t is not None and t.is_floating_point() and i not in op.constants
+    ]
+
+
+def outputs_and_grads(
+    op: Op, call: Callable[..., Any], tensors: Tensors, options: dict[str, Any]
+) -> list[Tensor]:
+    """Run `call` forward and backward, from a gradient that is the same every time."""
+    wanted = gradient_inputs(op, tensors)
+    leaves = [
+        t if t is None else t.detach().clone().requires_grad_(i in wanted)
+        for i, t in enumerate(tensors)
+    ]
+    result = call(*leaves, **options)
+    outs = list(result) if isinstance(result, tuple) else [result]
+    floating = [out for out in outs if out.is_floating_point() and out.requires_grad]
+    if not floating:
+        return [out.detach() for out in outs]
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(out.shape, generator=generator).to(out) for out in floating]
+    inputs = [t for i, t in enumerate(leaves) if t is not None and i in wanted]
+    grads = torch.autograd.grad(floating, inputs, cotangents, materialize_grads=True)
+    return [*(out.detach() for out in outs), *grads]
+
+
+def output_names(op: Op, tensors: Tensors, count: int) -> list[str]:
+    """Names for what `outputs_and_grads` returns: out, out1, ..., then dx, dweight, ..."""
+    parameters = list(inspect.signature(op.call).parameters)
+    grads = [f"d{parameters[i]}" for i in gradient_inputs(op, tensors)]
+    outs = count - len(grads) if count > len(grads) else count
+    return [f"out{i}" if i else "out" for i in range(outs)] + grads[: count - outs]
+
+
+def converted(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    """The same values, the floating-point ones in `dtype`."""
+    return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)
+
+
+def check(
+    op: Op, backend: str, dtype: torch.dtype, size: Size, device: str, seed: int = 0
+) -> list[Result]:
+    """Hold one case to the rule.
+
+    Returns:
+        A result for each output and gradient, or a single one that says why the case cannot run.
+    """
+    torch.manual_seed(seed)
+    tensors, options = op.inputs(**size, device=device, dtype=dtype)
+    name = str(dtype).removeprefix("torch.")
+    case = (op.name, backend, device, name, dict(size))
+    if refused := refusal(op.backends[backend], *tensors, **options):
+        return [Result(*case, skipped=refused[1])]
+    if backend == "triton" and INTERPRETED:
+        from tilewise.verify.interpreter import repair
+
+        repair()
+
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        double = converted(tensors, torch.float64)
+        truth = outputs_and_grads(op, op.reference, double, options)
+        plain = outputs_and_grads(op, op.reference, tensors, options)
+        ours = outputs_and_grads(op, op.call, tensors, options | {"backend": backend})
+        yardstick, scale = plain, 1.0
+        if dtype == torch.float64:  # the truth itself: take its error in fp32 and scale it down
+            single = converted(tensors, torch.float32)
+            yardstick = outputs_and_grads(op, op.reference, single, options)
+            scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+    names = output_names(op, tensors, len(truth))
+    return [
+        _judge(Result(*case, output=names[i]), ours[i], plain[i], yardstick[i], truth[i], scale)
+        for i in range(len(truth))
+    ]
+
+
+def _judge(
+    case: Result, ours: Tensor, plain: Tensor, yardstick: Tensor, truth: Tensor, scale: float
+) -> Result:
+    if ours.shape != plain.shape or ours.dtype != plain.dtype or ours.device != plain.device:
+        return _with(case, float("inf"), 0.0)
+    if not truth.is_floating_point():
+        differing = float((ours != truth).sum())
+        return _with(case, differing, 2 * float((yardstick != truth).sum()))
+    return _with(case, *compare(ours, yardstick, truth, scale))
+
+
+def _with(case: Result, error: float, allowed: float) -> Result:
+    row = asdict(case) | {"error": error, "allowed": allowed, "ok": error <= allowed}
+    return Result(**row)
+
+
+def compare(
+    ours: Tensor, yardstick: Tensor, truth: Tensor, scale: float = 1.0
+) -> tuple[float, float]:
+    """The error and the allowance of the block, or of the mean, that comes nearest to failing.
+
+    Args:
+        ours: What a kernel gave.
+        yardstick: What the reference gave in the same dtype.
+        truth: What the reference gave in fp64.
+        scale: By how much the yardstick's error counts: below 1 where it had to be run in fp32.
+
+    Returns:
+        error, allowed: right if and only if the first is at most the second. Where the truth is NaN
+        or infinite, ours must be the same; if not, the error is infinite.
+    """
+    if truth.numel() == 0:
+        return 0.0, 0.0
+    eps = torch.finfo(ours.dtype).eps
+    finite = truth.isfinite()
+    same = torch.where(truth.isnan(), ours.isnan(), ours == truth.to(ours.dtype)) | finite
+    rounded = truth.to(ours.dtype).to(truth.dtype)
+    overflowing = finite & ~rounded.isfinite()
+    if not bool((same | overflowing).all()) or bool((finite & ~overflowing & ours.isnan()).any()):
+        return float("inf"), 0.0
+    kept = finite & ~overflowing
+    size = torch.where(kept, truth, 0).abs()
+    error = torch.where(kept, ours.to(truth.dtype) - truth, 0).abs()
+    theirs = torch.where(kept, yardstick.to(truth.dtype) - truth, 0).abs() * scale
+    theirs = theirs.nan_to_num(posinf=0.0)
+    rounding = torch.where(kept, rounded - truth, 0).abs()
+
+    worst, largest, spread = (_block_maxima(t) for t in (error, size, theirs))
+    allowed = 2 * spread + eps * largest
+    pairs = list(zip(worst.tolist(), allowed.tolist(), strict=True))
+    pairs.append((float(error.mean()), 2 * max(float(theirs.mean()), float(rounding.mean()))))
+    if truth.numel() < BLOCK_ROWS * 2:  # too few for a mean to mean more than a maximum
+        pairs.pop()
+    return max(pairs, key=lambda pair: pair[0] / pair[1] if pair[1] else float(pair[0] > 0))
+
+
+def _block_maxima(values: Tensor) -> Tensor:
+    """Maxima over blocks of 32 consecutive rows; a vector is a column of one-element rows."""
+    rows = values.reshape(-1, values.shape[-1] if values.ndim > 1 else 1).amax(-1)
+    padding = -rows.numel() % BLOCK_ROWS
+    rows = torch.nn.functional.pad(rows, (0, padding))
+    return rows.view(-1, BLOCK_ROWS).amax(-1)
+
+
+def failures(results: Sequence[Result]) -> str:
+    """A line for each result that is not ok."""
+    return "\n".join(
+        f"{r.op}/{r.backend} {r.dtype} {r.size} {r.output}: error {r.error:.2e} > {r.allowed:.2e}"
+        for r in results
+        if not r.ok
+    )

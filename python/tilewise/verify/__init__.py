@@ -1,0 +1,1 @@
+"""Kernels verified without a GPU."""

@@ -1,0 +1,58 @@
+"""Every op, every backend, every dtype and size: read from the declarations, never by hand."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import tilewise  # noqa: F401  (declares the ops)
+from tilewise.check import cases, gradient_inputs
+from tilewise.choice import refusal
+from tilewise.op import OPS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def label(op, backend, dtype, size):
+    shape = ",".join(f"{name}={value}" for name, value in size.items())
+    return f"{op.name}-{backend}-{dtype}-{shape}".replace("torch.", "")
+
+
+CASES = [pytest.param(op, *case, id=label(op, *case)) for op in OPS.values() for case in cases(op)]
+BACKENDS = [
+    pytest.param(op, backend, id=f"{op.name}-{backend}")
+    for op in OPS.values()
+    for backend in op.backends
+]
+
+
+def case_or_skip(op, backend, dtype=torch.float32, size=None):
+    """The op, its reference, and tensors for both; or skip aloud, so that no case just vanishes."""
+    torch.manual_seed(0)
+    size = op.sizes[0] if size is None else size
+    tensors, options = op.inputs(**size, device=DEVICE, dtype=dtype)
+    if refused := refusal(op.backends[backend], *tensors, **options):
+        pytest.skip(f"{backend}: {refused[1]}")
+    return partial(op.call, **options, backend=backend), partial(op.reference, **options), tensors
+
+
+def differentiable_or_skip(op, tensors):
+    """The positions with a gradient; or skip aloud."""
+    wanted = gradient_inputs(op, tensors)
+    outs = op.reference(*tensors, **op.inputs(**op.sizes[0], device=DEVICE, dtype=torch.float32)[1])
+    if not (outs[0] if isinstance(outs, tuple) else outs).is_floating_point():
+        pytest.skip(f"{op.name}: has no gradient")
+    return wanted
+
+
+def leaves(op, tensors):
+    """Fresh copies, those with a gradient asking for it."""
+    wanted = gradient_inputs(op, tensors)
+    return [
+        t if t is None else t.detach().clone().requires_grad_(i in wanted)
+        for i, t in enumerate(tensors)
+    ]
+
+
+def as_list(outs):
+    return list(outs) if isinstance(outs, tuple) else [outs]

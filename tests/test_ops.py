@@ -1,0 +1,194 @@
+"""What every op promises: right values and gradients, the same bits, any layout, one graph."""
+
+import pytest
+import torch
+from cases import (
+    BACKENDS,
+    CASES,
+    DEVICE,
+    as_list,
+    case_or_skip,
+    differentiable_or_skip,
+    label,
+    leaves,
+)
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+
+from tilewise.check import check, compare, failures, outputs_and_grads
+
+
+@pytest.mark.parametrize("op, backend, dtype, size", CASES)
+def test_matches_reference(op, backend, dtype, size):
+    case_or_skip(op, backend, dtype, size)
+    results = check(op, backend, dtype, size, DEVICE)
+    assert all(r.ok and not r.skipped for r in results), failures(results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("start", [0, 35, 224])
+def test_the_rule_sees_32_rows_off_by_three_per_cent(dtype, start):
+    torch.manual_seed(0)
+    truth = torch.randn(256, 33, dtype=torch.float64)
+    ours = truth.to(dtype, copy=True)
+    error, allowed = compare(ours, ours, truth)
+    assert error <= allowed
+    ours[start : start + 32] *= 0.97
+    error, allowed = compare(ours, truth.to(dtype), truth)
+    assert error > allowed
+
+
+@pytest.mark.parametrize("spoil", [float("nan"), float("inf"), 0.0])
+def test_the_rule_sees_one_wrong_element(spoil):
+    truth = torch.randn(64, 8, dtype=torch.float64) + 3
+    ours = truth.float()
+    ours[5, 5] = spoil
+    error, allowed = compare(ours, truth.float(), truth)
+    assert error > allowed
+
+
+def test_the_rule_wants_nan_where_the_truth_is_nan():
+    truth = torch.tensor([[1.0, float("nan")]], dtype=torch.float64)
+    error, allowed = compare(truth.float(), truth.float(), truth)
+    assert error <= allowed
+    error, allowed = compare(torch.ones(1, 2), truth.float(), truth)
+    assert error > allowed
+
+
+@pytest.mark.parametrize("op, backend, dtype, size", CASES)
+def test_same_input_same_bits(op, backend, dtype, size):
+    call, _, tensors = case_or_skip(op, backend, dtype, size)
+    first, second = (outputs_and_grads(op, call, tensors, {}) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def strided(t):
+    return torch.stack([t, t], -1)[..., 0]
+
+
+def sliced(t):
+    return torch.cat([t, t], -1)[..., : t.shape[-1]]
+
+
+def misaligned(t):
+    return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+
+
+@pytest.mark.parametrize("layout", [strided, sliced, misaligned])
+@pytest.mark.parametrize("op, backend", BACKENDS)
+def test_any_layout(op, backend, layout):
+    call, _, tensors = case_or_skip(op, backend)
+    straight, bent = leaves(op, tensors), leaves(op, tensors)
+    expected = as_list(call(*straight))
+    got = as_list(call(*[t if t is None else layout(t) for t in bent]))
+    torch.testing.assert_close(got, expected)
+    floating = [i for i, out in enumerate(got) if out.requires_grad]
+    if floating:
+        cotangents = [expected[i].detach() for i in floating]
+        wanted = [i for i, t in enumerate(straight) if t is not None and t.requires_grad]
+        torch.testing.assert_close(
+            torch.autograd.grad(
+                [got[i] for i in floating],
+                [bent[i] for i in wanted],
+                [layout(c) if c.ndim else c for c in cotangents],
+            ),
+            torch.autograd.grad(
+                [expected[i] for i in floating], [straight[i] for i in wanted], cotangents
+            ),
+        )
+
+
+def ops_called(run):
+    """What of ours `run` calls, as (op, arguments)."""
+    seen = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "tilewise":
+                seen.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        run()
+    return seen
+
+
+OPCHECKED = [
+    pytest.param(*p.values, size, id=f"{p.id}-{label(p.values[0], p.values[1], '', size)}")
+    for p in BACKENDS
+    for size in p.values[0].sizes
+]
+
+
+@pytest.mark.parametrize("op, backend, size", OPCHECKED)
+def test_registered_properly(op, backend, size):
+    call, _, tensors = case_or_skip(op, backend, torch.float32, size)
+    inputs = leaves(op, tensors)
+
+    def run():
+        floating = [out for out in as_list(call(*inputs)) if out.requires_grad]
+        if floating:
+            sum(out.sum() for out in floating).backward()
+
+    seen = ops_called(run)
+    if not seen:
+        assert any(t is not None and t.numel() == 0 for t in tensors)
+        pytest.skip("nothing to launch")
+    assert all("_forward" in func.name() or "_backward" in func.name() for func, _ in seen)
+    for func, args in seen:
+        plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+        torch.library.opcheck(func, plain)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("op, backend", BACKENDS)
+def test_compiled_graphs_contain_our_ops(op, backend, dynamic):
+    """Numbers cannot tell: a compiled model that fell back to the reference is right, and slow."""
+    call, _, tensors = case_or_skip(op, backend)
+    inputs, graphs = leaves(op, tensors), []
+    eager = {func.name().replace("::", ".") for func, _ in ops_called(lambda: call(*inputs))}
+
+    def record(graph, _):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return make_boxed_func(graph.forward)
+
+    recorder = aot_autograd(fw_compiler=record, bw_compiler=record, inference_compiler=record)
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=recorder)
+    floating = [out for out in as_list(compiled(*leaves(op, tensors))) if out.requires_grad]
+    assert eager
+    assert {f"{name}.default" for name in eager} <= graphs[0]
+    if floating:
+        sum(out.sum() for out in floating).backward()
+        assert any(str(name).startswith("tilewise.") for name in graphs[1])
+        assert {name for name in graphs[1] if "tilewise" in name and "_backward" in name}
+
+
+@pytest.mark.parametrize("op, backend", BACKENDS)
+def test_compiled_by_inductor(op, backend):
+    call, _, tensors = case_or_skip(op, backend)
+    compiled = torch.compile(call, fullgraph=True)
+    torch.testing.assert_close(
+        outputs_and_grads(op, compiled, tensors, {}), outputs_and_grads(op, call, tensors, {})
+    )
+
+
+@pytest.mark.parametrize("op, backend", BACKENDS)
+def test_inputs_are_left_alone(op, backend):
+    call, _, tensors = case_or_skip(op, backend)
+    before = [t if t is None else t.clone() for t in tensors]
+    outs = as_list(call(*tensors))
+    for t, was in zip(tensors, before, strict=True):
+        if t is not None:
+            assert torch.equal(t, was)
+            assert all(out.data_ptr() != t.data_ptr() for out in outs if out.numel())
+
+
+@pytest.mark.parametrize("op, backend", BACKENDS)
+def test_gradcheck(op, backend):
+    if torch.float64 not in op.backends[backend].dtypes:
+        pytest.skip(f"{backend}: finite differences need float64")
+    call, _, tensors = case_or_skip(op, backend, torch.float64)
+    differentiable_or_skip(op, tensors)
+    inputs = leaves(op, tensors)
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)

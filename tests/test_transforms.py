@@ -1,0 +1,85 @@
+"""torch.func, forward-mode AD and higher derivatives: right to any order, eager and compiled."""
+
+import pytest
+import torch
+from cases import BACKENDS, as_list, case_or_skip, differentiable_or_skip, leaves
+
+
+def functions(op, backend):
+    """The op and its reference as functions of only those tensors that have a gradient."""
+    call, reference, tensors = case_or_skip(op, backend)
+    wanted = differentiable_or_skip(op, tensors)
+
+    def of(function):
+        def loss(*free):
+            full = list(tensors)
+            for i, t in zip(wanted, free, strict=True):
+                full[i] = t
+            return sum(out.square().sum() for out in as_list(function(*full)))
+
+        return loss
+
+    return of(call), of(reference), tuple(tensors[i] for i in wanted)
+
+
+TRANSFORMS = {
+    "vmap": lambda f, t: torch.vmap(f)(*[torch.stack([a, 2 * a]) for a in t]),
+    "grad": lambda f, t: torch.func.grad(f, tuple(range(len(t))))(*t),
+    "jvp": lambda f, t: torch.func.jvp(f, t, tuple(a.cos() for a in t)),
+    "hessian": lambda f, t: torch.func.hessian(f)(*t),
+    "per-sample gradients": lambda f, t: torch.vmap(torch.func.grad(f))(
+        *[torch.stack([a, 2 * a]) for a in t]
+    ),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("op, backend", BACKENDS)
+def test_transforms(op, backend, transform, compiled):
+    call, reference, tensors = functions(op, backend)
+
+    def run(*tensors):
+        return transform(call, tensors)
+
+    if compiled:
+        run = torch.compile(run, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(*tensors), transform(reference, tensors))
+
+
+@pytest.mark.parametrize("op, backend", BACKENDS)
+def test_forward_mode_keeps_the_tangent(op, backend):
+    call, reference, tensors = functions(op, backend)
+
+    def tangent(f):
+        with torch.autograd.forward_ad.dual_level():
+            duals = [torch.autograd.forward_ad.make_dual(t, t.cos()) for t in tensors]
+            return torch.autograd.forward_ad.unpack_dual(f(*duals)).tangent
+
+    torch.testing.assert_close(tangent(call), tangent(reference))
+
+
+@pytest.mark.parametrize("op, backend", BACKENDS)
+def test_second_derivative(op, backend):
+    call, reference, tensors = functions(op, backend)
+
+    def penalty_gradient(f):
+        inputs = [t.detach().clone().requires_grad_() for t in tensors]
+        first = torch.autograd.grad(f(*inputs), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+    torch.testing.assert_close(penalty_gradient(call), penalty_gradient(reference))
+
+
+@pytest.mark.parametrize("op, backend", BACKENDS)
+def test_frozen_inputs_get_no_gradient(op, backend):
+    call, _, tensors = case_or_skip(op, backend)
+    wanted = differentiable_or_skip(op, tensors)
+    for kept in wanted:
+        inputs = [t if t is None else t.detach().clone() for t in tensors]
+        inputs[kept].requires_grad_()
+        full = leaves(op, tensors)
+        sum(out.sum() for out in as_list(call(*inputs))).backward()
+        sum(out.sum() for out in as_list(call(*full))).backward()
+        assert torch.equal(inputs[kept].grad, full[kept].grad)
+        assert all(t is None or i == kept or t.grad is None for i, t in enumerate(inputs))
