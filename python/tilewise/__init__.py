@@ -2,8 +2,28 @@
 
 from tilewise.choice import backend, explain
 from tilewise.op import OPS
+from tilewise.ops.attention import attention
+from tilewise.ops.cross_entropy import cross_entropy
+from tilewise.ops.gelu import gelu
+from tilewise.ops.glu import glu
+from tilewise.ops.layer_norm import layer_norm
 from tilewise.ops.rms_norm import rms_norm
+from tilewise.ops.rotary import rotary
+from tilewise.ops.softmax import log_softmax, softmax
 
 __version__ = "0.1.0"
 
-__all__ = ["OPS", "backend", "explain", "rms_norm"]
+__all__ = [
+    "OPS",
+    "attention",
+    "backend",
+    "cross_entropy",
+    "explain",
+    "gelu",
+    "glu",
+    "layer_norm",
+    "log_softmax",
+    "rms_norm",
+    "rotary",
+    "softmax",
+]
