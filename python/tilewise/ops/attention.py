@@ -1,5 +1,5 @@
-"""Scaled dot-product attention (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762), tiled with an
-online softmax (Dao et al., 2022, https://arxiv.org/abs/2205.14135)."""
+"""Scaled dot-product attention (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762), tiled with
+an online softmax (Dao et al., 2022, https://arxiv.org/abs/2205.14135)."""
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def attention_reference(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """The formula of `attention`, in plain PyTorch; the probabilities are rounded to the dtype of `q`
+    """The formula of `attention`, in plain PyTorch; probabilities are rounded to the dtype of `q`
     before they multiply `v`, as in any tensor-core kernel."""
     wide, groups = wide_dtype(q.dtype), q.shape[1] // max(k.shape[1], 1)
     keys, values = (t.to(wide).repeat_interleave(groups, 1) for t in (k, v))

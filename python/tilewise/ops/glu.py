@@ -1,11 +1,13 @@
 """Gated linear units (Shazeer, 2020, https://arxiv.org/abs/2002.05202)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from tilewise.op import wide_dtype
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
