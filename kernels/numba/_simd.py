@@ -186,3 +186,14 @@ def exp(x):
 @overload(exp, inline="always")
 def _exp(x):
     return (lambda x: math.exp(x)) if x == types.float64 else (lambda x: _exp_float(x))
+
+
+def reciprocal_root(x):
+    """1 / sqrt(x) once a row. In fp64: LLVM's fp32 form is an estimate that makes inf a NaN."""
+
+
+@overload(reciprocal_root, inline="always")
+def _reciprocal_root(x):
+    if x == types.float64:
+        return lambda x: 1.0 / math.sqrt(x)
+    return lambda x: np.float32(1.0 / math.sqrt(np.float64(x)))

@@ -1,13 +1,20 @@
 """RMSNorm on the CPU: parts of the rows in parallel, each row read twice (once more from L1)."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from tilewise.kernels.numba._parallel import Kernel
 from tilewise.kernels.numba._shared import partial_sums, parts_for
-from tilewise.kernels.numba._simd import address, kind, load, offset, pointer, real, store
+from tilewise.kernels.numba._simd import (
+    address,
+    kind,
+    load,
+    offset,
+    pointer,
+    real,
+    reciprocal_root,
+    store,
+)
 
 
 @Kernel
@@ -24,7 +31,7 @@ def _forward(
         for j in range(cols):
             v = load(x, j)
             square_sum += v * v
-        r = real(kind, 1 / math.sqrt(square_sum / real(kind, cols) + real(kind, eps)))
+        r = reciprocal_root(square_sum / real(kind, cols) + real(kind, eps))
         store(rstd, i, r)
 
         if weight_at:
