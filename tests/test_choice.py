@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
-from cases import DEVICE, case_or_skip
+from cases import DEVICE
 
 import tilewise
 from tilewise.choice import choose
@@ -144,10 +145,17 @@ def test_named_backend_that_cannot_run_says_why(error, message, x, backend):
 
 
 def test_named_backend_that_lacks_an_option_names_one_that_has_it():
-    case_or_skip(RMS_NORM, "triton")
-    wide = torch.ones(1, 64 * 1024 + 1, device=DEVICE)
-    with pytest.raises(NotImplementedError, match=r"up to 65536 columns, got 65537; '\w+' can run"):
-        choose(RMS_NORM, "triton", wide, WEIGHT)
+    narrow = replace(RMS_NORM.backends["numba"], refuses=lambda *t, **o: "takes one column")
+    op = replace(RMS_NORM, backends={"numba": narrow})
+    with pytest.raises(NotImplementedError, match="takes one column; 'reference' can run this"):
+        choose(op, "numba", X.cpu(), WEIGHT.cpu())
+
+
+def test_automatic_choice_steps_past_what_declines():
+    slow = replace(RMS_NORM.backends["numba"], declines=lambda *t, **o: "is slower here")
+    op = replace(RMS_NORM, backends={"numba": slow})
+    assert choose(op, None, X.cpu(), WEIGHT.cpu()) == "reference"
+    assert choose(op, "numba", X.cpu(), WEIGHT.cpu()) == "numba"
 
 
 def test_choosing_costs_microseconds():
