@@ -15,6 +15,7 @@ from threading import Lock
 import llvmlite.binding
 import numba
 import torch
+from filelock import FileLock
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -48,6 +49,11 @@ class _Cache(FunctionCache):
 
     def _index_key(self, signature, codegen):
         return signature, codegen.magic_tuple()
+
+    def save_overload(self, signature, data):
+        """Two processes at once would otherwise number two signatures' code the same."""
+        with FileLock(Path(self._cache_path) / f"{self._impl.filename_base}.lock"):
+            super().save_overload(signature, data)
 
 
 def compiled(function):
@@ -192,8 +198,9 @@ class Kernel:
         return numba.njit(parallel=True, nogil=True)(launch)
 
     def _named(self, launch):
-        launch.__qualname__ = f"{self.body.py_func.__qualname__}.launch"
-        launch.__module__ = self.body.py_func.__module__
+        # The name of its file in the cache: without the module two ops' would be taken for one.
+        body = self.body.py_func
+        launch.__qualname__ = f"{body.__module__}.{body.__qualname__}".rpartition("kernels.")[2]
         return compiled(launch)
 
     def __call__(self, tasks: int, elements: int, *args) -> None:
