@@ -26,7 +26,7 @@ CODE = [p for p in TREE if p.suffix in (".py", ".cu", ".cuh", ".cpp", ".h")]
 FLOORS = [
     {"_cuda"},
     {"kernels"},
-    {"native"},
+    {"native", "allocator"},
     {"op", "rng"},
     {"choice"},
     {"ops"},

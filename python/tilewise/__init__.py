@@ -1,5 +1,6 @@
 """Tilewise: fused transformer kernels for PyTorch, with one public function per op."""
 
+from tilewise.allocator import tune_allocator
 from tilewise.choice import backend, explain
 from tilewise.op import OPS
 from tilewise.ops.attention import attention
@@ -26,4 +27,5 @@ __all__ = [
     "rms_norm",
     "rotary",
     "softmax",
+    "tune_allocator",
 ]

@@ -1,7 +1,8 @@
 """Triton's interpreter, repaired where it computes bfloat16 wrongly.
 
 As shipped (3.6 to 3.9) it truncates fp32 to bf16 where hardware rounds to nearest even, and
-multiplies bf16 matrices as the 16-bit integers that it stores them in.
+multiplies bf16 matrices as the 16-bit integers that it stores them in. That of 3.6 also fails on
+every loop to a runtime bound beside NumPy 2.4 or newer.
 """
 
 from typing import Any
@@ -55,3 +56,11 @@ def repair() -> None:
     builder.create_fp_to_fp = create_fp_to_fp
     builder.create_dot = create_dot
     builder.tilewise_repaired = True
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
