@@ -1,0 +1,318 @@
+"""Cross-entropy: what agreement with the reference on random rows cannot say."""
+
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DEVICE
+
+import tilewise
+from tilewise.check import compare
+from tilewise.choice import refusal
+from tilewise.op import OPS, wide_dtype
+from tilewise.ops import cross_entropy as module
+
+OP = OPS["cross_entropy"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+@pytest.fixture(params=[*OP.backends, "reference"])
+def backend(request):
+    tensors, options = OP.inputs(rows=2, classes=3, device=DEVICE, dtype=torch.float32)
+    if request.param in OP.backends:
+        refused = refusal(OP.backends[request.param], *tensors, **options)
+        if refused:
+            pytest.skip(f"{request.param}: {refused[1]}")
+    return request.param
+
+
+def rows_of(rows, classes, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    logits = torch.randn(rows, classes, device=DEVICE).to(dtype)
+    return logits, torch.randint(classes, (rows,), device=DEVICE)
+
+
+def loss_and_gradient(function, logits, target, **options):
+    leaf = logits.detach().clone().requires_grad_()
+    loss = function(leaf, target, **options)
+    (gradient,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss) * 0.75)
+    return loss.detach(), gradient
+
+
+def assert_right(ours, yardstick, truth):
+    error, allowed = compare(ours, yardstick, truth)
+    assert error <= allowed
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_is_the_loss_of_torch(backend, dtype, reduction, smoothing):
+    logits, target = rows_of(67, 131, dtype)
+    target[5:9] = -100
+    options = {"label_smoothing": smoothing, "reduction": reduction}
+    truth = loss_and_gradient(F.cross_entropy, logits.double(), target, **options)
+    theirs = loss_and_gradient(F.cross_entropy, logits.float(), target, **options)
+    ours = loss_and_gradient(tilewise.cross_entropy, logits, target, **options, backend=backend)
+    assert ours[0].dtype == torch.float32
+    assert ours[1].dtype == dtype
+    assert_right(ours[0], theirs[0], truth[0])
+    assert_right(ours[1], theirs[1].to(dtype), truth[1])
+
+
+@pytest.mark.parametrize("classes", [50257, 128256])
+def test_many_classes(backend, classes):
+    logits, target = rows_of(3, classes)
+    target[1] = classes - 1
+    truth = loss_and_gradient(F.cross_entropy, logits.double(), target, reduction="none")
+    theirs = loss_and_gradient(F.cross_entropy, logits, target, reduction="none")
+    ours = loss_and_gradient(
+        tilewise.cross_entropy, logits, target, reduction="none", backend=backend
+    )
+    for mine, yardstick, right in zip(ours, theirs, truth, strict=True):
+        assert_right(mine, yardstick, right)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_gradient_rows_sum_to_zero(backend, smoothing):
+    logits, target = rows_of(37, 127)
+    _, gradient = loss_and_gradient(
+        tilewise.cross_entropy, logits, target, label_smoothing=smoothing, backend=backend,
+        reduction="none",
+    )  # fmt: skip
+    rounding = torch.finfo(torch.float32).eps * gradient.double().abs().amax(-1)
+    assert bool((gradient.double().sum(-1).abs() <= 127 * rounding).all())
+    assert bool((gradient.abs().amax(-1) > 0).all())
+
+
+def test_a_common_shift_changes_no_bit(backend):
+    torch.manual_seed(0)
+    logits = torch.randint(-64, 64, (9, 300), device=DEVICE) / 16  # exact, with 4096 added too
+    target = torch.randint(300, (9,), device=DEVICE)
+    options = {"reduction": "none", "backend": backend}
+    near = loss_and_gradient(tilewise.cross_entropy, logits, target, **options)
+    far = loss_and_gradient(tilewise.cross_entropy, logits + 4096, target, **options)
+    assert torch.equal(near[0], far[0])
+    assert torch.equal(near[1], far[1])
+
+
+def test_the_gradient_of_a_sure_class_keeps_its_digits(backend):
+    logits = torch.zeros(2, 8, device=DEVICE, dtype=torch.bfloat16)
+    logits[:, 3] = 8  # p = 0.9977, and p - 1 has no digit left once p is a bfloat16
+    target = torch.full((2,), 3, device=DEVICE)
+    options = {"reduction": "none"}
+    _, truth = loss_and_gradient(F.cross_entropy, logits.double(), target, **options)
+    _, ours = loss_and_gradient(tilewise.cross_entropy, logits, target, **options, backend=backend)
+    eps = torch.finfo(torch.bfloat16).eps
+    assert bool(((ours.double() - truth).abs() <= eps * truth.abs()).all())
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 2])
+def test_ignored_rows_are_not_read(backend, ignore_index):
+    logits, target = rows_of(6, 9)
+    target[target == ignore_index] = 0
+    options = {"ignore_index": ignore_index, "reduction": "none", "backend": backend}
+    before = loss_and_gradient(tilewise.cross_entropy, logits, target, **options)
+    target[[1, 4]] = ignore_index
+    logits[1], logits[4, 3] = math.nan, math.inf
+    after = loss_and_gradient(tilewise.cross_entropy, logits, target, **options)
+    for was, now in zip(before, after, strict=True):
+        assert torch.equal(now[[0, 2, 3, 5]], was[[0, 2, 3, 5]])
+        assert torch.equal(now[[1, 4]], torch.zeros_like(now[[1, 4]]))
+
+
+def test_nothing_but_ignored_rows(backend):
+    logits, _ = rows_of(5, 9)
+    target = torch.full((5,), -100, device=DEVICE)
+    mean, _ = loss_and_gradient(tilewise.cross_entropy, logits, target, backend=backend)
+    assert mean.isnan()
+    total, gradient = loss_and_gradient(
+        tilewise.cross_entropy, logits, target, reduction="sum", backend=backend
+    )
+    assert total == 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("wrong", [9, -1, -101, 2**40, -(2**40)])
+def test_a_target_that_is_no_class(backend, wrong):
+    logits, target = rows_of(6, 9)
+    options = {"reduction": "none", "backend": backend}
+    before = loss_and_gradient(tilewise.cross_entropy, logits, target, **options)
+    target[2] = wrong
+    after = loss_and_gradient(tilewise.cross_entropy, logits, target, **options)
+    for was, now in zip(before, after, strict=True):
+        assert bool(now[2].isnan().all())
+        kept = [0, 1, 3, 4, 5]
+        assert torch.equal(now[kept], was[kept])
+    assert tilewise.cross_entropy(logits, target, backend=backend).isnan()
+    sentence = f"cross_entropy: target must be -100 or from 0 to 8, got {wrong} in row 2"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        tilewise.cross_entropy(logits, target, check_inputs=True, backend=backend)
+
+
+def test_checked_inputs_that_are_right(backend):
+    logits, target = rows_of(6, 9)
+    target[3] = -100
+    checked = tilewise.cross_entropy(logits, target, check_inputs=True, backend=backend)
+    assert torch.equal(checked, tilewise.cross_entropy(logits, target, backend=backend))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("classes", [5, 8200])
+def test_infinite_and_missing_logits_are_those_of_torch(backend, classes, smoothing):
+    logits, target = rows_of(9, classes)
+    target[:] = classes - 2
+    logits[0, 0] = -math.inf
+    logits[1, classes - 2] = -math.inf
+    logits[2, :-1] = -math.inf
+    logits[3] = -math.inf
+    logits[4, 0] = math.inf
+    logits[5, classes - 2] = math.inf
+    logits[6, classes - 1] = math.nan
+    logits[7, : classes - 2] = -math.inf
+    options = {"reduction": "none", "label_smoothing": smoothing}
+    truth = loss_and_gradient(F.cross_entropy, logits.double(), target, **options)
+    theirs = loss_and_gradient(F.cross_entropy, logits, target, **options)
+    ours = loss_and_gradient(tilewise.cross_entropy, logits, target, **options, backend=backend)
+    assert_right(ours[0], theirs[0], truth[0])
+    assert_right(ours[1], theirs[1], truth[1])
+
+
+def views():
+    x = torch.randn(3, 5, 7, 11, device=DEVICE)
+    return {
+        "all tokens but the last": x[0, :, :-1],
+        "every other row": x[0, 0, ::2],
+        "part of each row": x[0, 0, :, 2:9],
+        "one row for all": x[0, 0, :1].expand(7, -1),
+        "batch and seq exchanged": x[0].transpose(0, 1),
+        "one row": x[0, 0, 0],
+        "four dimensions": x,
+    }
+
+
+@pytest.mark.parametrize("view", views())
+def test_logits_are_not_copied(backend, view, monkeypatch):
+    if backend == "reference":
+        pytest.skip("reference: launches nothing")
+    logits, seen = views()[view], []
+    target = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=DEVICE)
+    forward = module._forward
+
+    def record(*args):
+        seen.append(args[0].data_ptr())
+        return forward(*args)
+
+    monkeypatch.setattr(module, "_forward", record)
+    losses = tilewise.cross_entropy(logits, target, reduction="none", backend=backend)
+    assert seen == [logits.data_ptr()]
+    copied = tilewise.cross_entropy(logits.contiguous(), target, reduction="none", backend=backend)
+    assert torch.equal(losses, copied)
+
+
+@pytest.mark.parametrize("view", views())
+def test_the_gradient_of_a_view_is_that_of_its_copy(backend, view):
+    logits = views()[view].requires_grad_()
+    target = torch.randint(logits.shape[-1], logits.shape[:-1], device=DEVICE)
+    loss = tilewise.cross_entropy(logits, target, backend=backend)
+    copy = logits.detach().contiguous().requires_grad_()
+    loss_of_copy = tilewise.cross_entropy(copy, target, backend=backend)
+    (gradient,), (expected,) = (
+        torch.autograd.grad(*pair) for pair in ((loss, logits), (loss_of_copy, copy))
+    )
+    assert torch.equal(loss, loss_of_copy)
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("rows", [16384, 16385, 50001])
+def test_the_sum_does_not_know_the_number_of_threads(backend, rows):
+    if backend == "triton" and DEVICE == "cpu":
+        pytest.skip("triton: too many rows to interpret")
+    logits, target = rows_of(rows, 4)
+    before, losses = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            losses.append(loss_and_gradient(
+                tilewise.cross_entropy, logits, target, reduction="sum", backend=backend
+            ))  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+    for loss, gradient in losses[1:]:
+        assert torch.equal(loss, losses[0][0])
+        assert torch.equal(gradient, losses[0][1])
+    truth, _ = loss_and_gradient(F.cross_entropy, logits.double(), target, reduction="sum")
+    theirs, _ = loss_and_gradient(F.cross_entropy, logits, target, reduction="sum")
+    assert_right(losses[0][0], theirs, truth)
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 7), (2, 3, 7), (2, 3, 2, 7), (0, 7)])
+def test_any_leading_shape(backend, shape):
+    logits = torch.randn(shape, device=DEVICE)
+    target = torch.randint(7, shape[:-1], device=DEVICE)
+    losses = tilewise.cross_entropy(logits, target, reduction="none", backend=backend)
+    assert losses.shape == target.shape
+    flat = tilewise.cross_entropy(
+        logits.view(-1, 7), target.view(-1), reduction="none", backend=backend
+    )
+    assert torch.equal(losses.view(-1), flat)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast_leaves_it_in_single_precision(backend, dtype):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("triton: has no float64")
+    logits, target = rows_of(6, 9, dtype)
+    plain = tilewise.cross_entropy(logits, target, backend=backend)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        cast = tilewise.cross_entropy(logits, target, backend=backend)
+    assert cast.dtype == plain.dtype == wide_dtype(dtype)
+    assert torch.equal(cast, plain)
+
+
+X, T = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+REFUSED = [
+    (TypeError, "logits must be floating point, got torch.int64", T, T, {}),
+    (TypeError, "target must be torch.int64, got torch.int32", X, T.int(), {}),
+    (ValueError, "logits must be [..., classes], got a scalar", X[0, 0], T, {}),
+    (ValueError, "logits must have at least one class, got [2, 0]", X[:, :0], T, {}),
+    (
+        ValueError,
+        "logits must be [..., classes] and target [...], got [2, 3] and [1]",
+        X,
+        T[:1],
+        {},
+    ),
+    (RuntimeError, "target must be on cpu, got meta", X, T.to("meta"), {}),
+    (
+        ValueError,
+        "label_smoothing must be between 0 and 1, got 1.5",
+        X,
+        T,
+        {"label_smoothing": 1.5},
+    ),
+    (
+        ValueError,
+        "reduction must be one of mean, sum, none, got 'max'",
+        X,
+        T,
+        {"reduction": "max"},
+    ),
+    (
+        ValueError,
+        "backend must be one of numba, triton, reference, got 'cuda'",
+        X,
+        T,
+        {"backend": "cuda"},
+    ),
+    (TypeError, "takes torch.bfloat16, torch.float16, torch.float32, torch.float64", X.to(
+        torch.float8_e5m2), T, {"backend": "numba"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error, sentence, logits, target, options", REFUSED)
+def test_refuses(error, sentence, logits, target, options):
+    with pytest.raises(error, match=f"^cross_entropy: .*{re.escape(sentence)}"):
+        tilewise.cross_entropy(logits, target, **options)
