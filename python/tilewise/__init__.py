@@ -9,7 +9,7 @@ from tilewise.ops.gelu import gelu
 from tilewise.ops.glu import glu
 from tilewise.ops.layer_norm import layer_norm
 from tilewise.ops.rms_norm import rms_norm
-from tilewise.ops.rotary import rotary
+from tilewise.ops.rotary import rotary, rotary_tables
 from tilewise.ops.softmax import log_softmax, softmax
 
 __version__ = "0.1.0"
@@ -26,6 +26,7 @@ __all__ = [
     "log_softmax",
     "rms_norm",
     "rotary",
+    "rotary_tables",
     "softmax",
     "tune_allocator",
 ]

@@ -1,0 +1,132 @@
+"""Rotary embedding on the CPU: the rows of q, then those of k, in the order they lie in memory."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tilewise.kernels.numba._parallel import Kernel
+from tilewise.kernels.numba._shared import parts_for
+from tilewise.kernels.numba._simd import (
+    KINDS,
+    address,
+    kind,
+    load,
+    offset,
+    pointer,
+    real,
+    store,
+)
+
+NAN = math.nan  # the angle of a position that the tables do not have
+
+
+@Kernel
+def _rotate(
+    part, q_layout, k_layout, cos_at, sin_at, ids_at, ids_batch_stride, ids_seq_stride,
+    kind, table_kind, index, dim, half, positions, cos_stride, sin_stride, first_position, parts,
+    interleaved, sign,
+):  # fmt: skip
+    # A layout is what `_layout` says: q and k are walked by the same loops.
+    ids, sign = pointer(ids_at, index), real(kind, sign)
+    for turn in range(2):
+        layout = q_layout if turn == 0 else k_layout
+        y_at, x_at, rows, outer, inner, seq_is_inner = layout[:6]
+        y_batch, y_outer, y_inner, x_batch, x_outer, x_inner = layout[6:]
+        row, end = part * rows // parts, (part + 1) * rows // parts
+        while row < end:  # a line: rows with the same batch and outer index
+            line, first = row // inner, row % inner
+            b, o = line // outer, line % outer
+            count = min(inner - first, end - row)
+            row += count
+            for i in range(first, first + count):
+                x = offset(pointer(x_at, kind), b * x_batch + o * x_outer + i * x_inner)
+                y = offset(pointer(y_at, kind), b * y_batch + o * y_outer + i * y_inner)
+                position = i if seq_is_inner else o
+                if ids_at:
+                    position = load(ids, b * ids_batch_stride + position * ids_seq_stride)
+                position += first_position
+
+                if position < 0 or position >= positions:
+                    for j in range(2 * half):
+                        store(y, j, real(kind, NAN))
+                else:
+                    cos = offset(pointer(cos_at, table_kind), position * cos_stride)
+                    sin = offset(pointer(sin_at, table_kind), position * sin_stride)
+                    if interleaved:
+                        for j in range(half):
+                            c, s = real(kind, load(cos, j)), real(kind, load(sin, j)) * sign
+                            u, v = load(x, 2 * j), load(x, 2 * j + 1)
+                            store(y, 2 * j, u * c - v * s)
+                            store(y, 2 * j + 1, v * c + u * s)
+                    else:
+                        for j in range(half):
+                            c, s = real(kind, load(cos, j)), real(kind, load(sin, j)) * sign
+                            u, v = load(x, j), load(x, j + half)
+                            store(y, j, u * c - v * s)
+                            store(y, j + half, v * c + u * s)
+                for j in range(dim - 2 * half):
+                    store(y, 2 * half + j, load(x, 2 * half + j))
+
+
+def _layout(y: Tensor, x: Tensor) -> tuple[int, ...]:
+    """Addresses of y and x [batch, heads, seq, dim], and how to walk them as x lies in memory.
+
+    The batch is the outermost loop. Of heads and seq the one with the larger stride comes next.
+    """
+    batch, heads, seq, _ = x.shape
+    y_batch, y_heads, y_seq, _ = y.stride()
+    x_batch, x_heads, x_seq, _ = x.stride()
+    rows, ends = batch * heads * seq, (address(y), address(x))
+    if x_seq <= x_heads:
+        return *ends, rows, heads, seq, 1, y_batch, y_heads, y_seq, x_batch, x_heads, x_seq
+    return *ends, rows, seq, heads, 0, y_batch, y_seq, y_heads, x_batch, x_seq, x_heads
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    offset: int,
+    interleaved: bool,
+    sign: int,
+) -> tuple[Tensor, Tensor]:
+    q_turned, k_turned = torch.empty_like(q), torch.empty_like(k)
+    batch, heads, seq, dim = q.shape
+    ids_strides = (0, 0) if position_ids is None else position_ids.stride()
+    parts = parts_for(batch * heads * seq)
+    _rotate(
+        parts, q.numel() + k.numel(), _layout(q_turned, q), _layout(k_turned, k),
+        address(cos), address(sin), address(position_ids), *ids_strides,
+        kind(q), kind(cos), KINDS[torch.int64], dim, cos.shape[1], cos.shape[0],
+        cos.stride(0), sin.stride(0), offset, parts, interleaved, sign,
+    )  # fmt: skip
+    return q_turned, k_turned
+
+
+def rotary_forward(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    offset: int,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """q, k [batch, heads, seq, dim], cos, sin [positions, half] -> q, k turned by their angles."""
+    return _launch(q, k, cos, sin, position_ids, offset, interleaved, 1)
+
+
+def rotary_backward(
+    dq: Tensor,
+    dk: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    offset: int,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """dq, dk [batch, heads, seq, dim], cos, sin [positions, half] -> dq, dk turned back."""
+    return _launch(dq, dk, cos, sin, position_ids, offset, interleaved, -1)
