@@ -40,7 +40,8 @@ def _cache_folder() -> str:
     stamp = sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     root = os.environ.get("TILEWISE_CACHE") or Path(home) / "tilewise"
-    return str(Path(root) / "numba" / f"{numba.__version__}-{stamp}")
+    pool = "torch" if _POOL else "numba"  # a launch calls the one or the other
+    return str(Path(root) / "numba" / f"{numba.__version__}-{stamp}-{pool}")
 
 
 class _Cache(FunctionCache):
