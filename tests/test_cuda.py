@@ -1,0 +1,120 @@
+"""The compiled module on any machine with nvcc, with a GPU or without: what it offers and refuses.
+
+It is compiled once into the user's cache and found there by every later run with the same sources.
+"""
+
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tilewise import native
+
+ROOT = Path(__file__).parent.parent
+OPS = ("rms_norm", "layer_norm", "softmax")
+LAUNCHERS = [f"{op}_{direction}" for op in OPS for direction in ("forward", "backward")]
+SPILL_ARCHS = ("80-real", "90a-real", "100a-real")
+
+# One architecture where there is no GPU to run on; those of the GPUs where there is.
+QUICK = None if torch.cuda.is_available() else "90a-real"
+
+
+def built(archs):
+    if lacks := native.missing():
+        pytest.skip(f"cuda: needs {lacks}")
+    return native.build(archs=archs)
+
+
+@pytest.fixture(scope="module")
+def cuda():
+    built(QUICK)
+    return native.load()
+
+
+def arguments(launcher, cuda, dtype, weight_dtype):
+    """Of a launch of nothing at all, with one of no rows: no address is ever followed."""
+    count = len(re.findall(r"\(arg\d+: |, arg\d+: ", getattr(cuda, launcher).__doc__))
+    dtypes = [dtype] if launcher.startswith("softmax") else [dtype, weight_dtype]
+    return [*[0] * (count - len(dtypes) - 1), *dtypes, 0]
+
+
+def test_imports_in_a_fresh_process(cuda):
+    code = "from tilewise import native; print(native.is_built()); m = native.load();"
+    code += "from tilewise import _cuda; print(_cuda is m, m.sources)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["True", "True", native.digest(ROOT)], run.stderr
+
+
+def test_offers_every_launcher_that_is_declared(cuda):
+    declared = re.findall(r"^cudaError_t (\w+)\(", (ROOT / "csrc/launchers.h").read_text(), re.M)
+    assert declared == LAUNCHERS
+    assert [name for name in declared if not callable(getattr(cuda, name, None))] == []
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_failed_launch_is_an_error_that_names_the_launcher(cuda, launcher):
+    """No rows make no grid; and without a driver no launch succeeds anyway."""
+    with pytest.raises(RuntimeError, match=rf"^{launcher}: \w+"):
+        getattr(cuda, launcher)(*arguments(launcher, cuda, cuda.f16, cuda.f16))
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_unknown_dtype_is_refused(cuda, launcher):
+    with pytest.raises(RuntimeError, match=f"^{launcher}: invalid argument"):
+        getattr(cuda, launcher)(*arguments(launcher, cuda, 99, cuda.f32))
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS[:4])
+def test_weight_of_another_half_is_refused(cuda, launcher):
+    with pytest.raises(RuntimeError, match=f"^{launcher}: invalid argument"):
+        getattr(cuda, launcher)(*arguments(launcher, cuda, cuda.f16, cuda.bf16))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_are_called_alike_in_every_backend(cuda, op):
+    ours = importlib.import_module(f"tilewise.kernels.cuda.{op}")
+    theirs = f"tilewise.kernels.numba.{op}"
+    if importlib.util.find_spec(theirs) is None:
+        pytest.skip(f"numba: has no {op}")
+    for direction in ("forward", "backward"):
+        first, second = (
+            list(inspect.signature(getattr(module, f"{op}_{direction}")).parameters)
+            for module in (ours, importlib.import_module(theirs))
+        )
+        assert first == second
+
+
+@pytest.mark.parametrize(
+    "archs", [QUICK, *(pytest.param(arch, marks=pytest.mark.slow) for arch in SPILL_ARCHS)]
+)
+def test_no_kernel_spills(archs):
+    log = built(archs).with_name("build.log").read_text()
+    kernels = re.findall(r"Compiling entry function '\w+ward_kernel\w+' for", log)
+    # dtypes of x and of the weight, wide and narrow; softmax and its logarithm
+    assert len(kernels) >= 2 * 2 * 5 * 2 + 2 * 2 * 3 * 2
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", log)
+    assert len(spills) >= len(kernels)
+    assert set(spills) == {("0", "0", "0")}
+
+
+@pytest.mark.slow
+def test_a_spill_fails_the_build(tmp_path):
+    """The flags that promise it: a kernel that must keep more alive than it may have registers."""
+    if lacks := native.missing():
+        pytest.skip(f"cuda: needs {lacks}")
+    flags = re.search(r"-Xptxas=\S*warn-spills\S*?(?=>)", (ROOT / "CMakeLists.txt").read_text())
+    (tmp_path / "spill.cu").write_text(
+        "__global__ void __launch_bounds__(1024, 2) kernel(float* x) {\n"
+        "  float v[128];\n#pragma unroll\n"
+        "  for (int i = 0; i < 128; ++i) v[i] = x[i * threadIdx.x];\n  __syncthreads();\n"
+        "#pragma unroll\n  for (int i = 0; i < 128; ++i) x[i + threadIdx.x * 129] = v[127 - i];\n}"
+    )
+    command = [native.nvcc(), "-cubin", "-arch=sm_90", flags[0], "spill.cu"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "spill" in (run.stdout + run.stderr).lower()
