@@ -43,7 +43,6 @@ def rms_norm(
         TypeError: If a dtype is wrong, or not one that `backend` takes.
         ValueError: If a shape is wrong or `backend` is unknown.
         RuntimeError: If the devices differ, or `backend` is absent or runs on another device.
-        NotImplementedError: If `backend` cannot take so many columns.
     """
     if not x.is_floating_point():
         raise TypeError(f"rms_norm: x must be floating point, got {x.dtype}")
@@ -99,10 +98,6 @@ class _RMSNorm(torch.autograd.Function):
             return *grads, None, None
         dx, dweight = _backward(as_rows(dy), x, weight, rstd, ctx.chosen)
         return dx, None if weight is None else dweight, None, None
-
-
-def _too_wide(x: Tensor, limit: int) -> str | None:
-    return f"takes up to {limit} columns, got {x.shape[-1]}" if x.shape[-1] > limit else None
 
 
 BACKENDS = backends_of(
