@@ -132,20 +132,20 @@ def register(
     name = schema.partition("(")[0]
     kernels: dict[str, Callable[..., Any]] = {}
 
-    def find(chosen: str) -> Callable[..., Any]:
+    def find(chosen: str, device: str) -> Callable[..., Any]:
         if backends[chosen].needs == native.MODULE:
             native.load()
-        elif "cuda" in backends and torch.cuda.is_available():
+        elif "cuda" in backends and device == "cuda":
             native.mention_unbuilt()
         kernel: Callable[..., Any] = getattr(import_module(backends[chosen].module), name)
         return kernels.setdefault(chosen, kernel)
 
     def run_cpu(*args: Any) -> Any:
-        kernel = kernels.get(args[-1]) or find(args[-1])
+        kernel = kernels.get(args[-1]) or find(args[-1], "cpu")
         return kernel(*args[:-1])
 
     def run_cuda(*args: Any) -> Any:
-        kernel = kernels.get(args[-1]) or find(args[-1])
+        kernel = kernels.get(args[-1]) or find(args[-1], "cuda")
         with torch.cuda.device(args[0].device):
             return kernel(*args[:-1])
 
