@@ -147,6 +147,12 @@ def maximum(typing_context, x, y):
     return x(x, x), lambda _, builder, __, args: _call(builder, "maximum", *args)
 
 
+@intrinsic
+def fma(typing_context, x, y, z):
+    """x * y + z, rounded once, and left in this order: `reassoc` moves terms of a plain sum."""
+    return x(x, x, x), lambda _, builder, __, args: _call(builder, "fma", *args)
+
+
 # 2**f on [-1/2, 1/2] is a polynomial; its error, with e**x = 2**n e**r, is 2.1 ulp at most.
 _LOG2_E = 1.4426950408889634
 _LN2_HIGH, _LN2_LOW = 0.693145751953125, 1.428606765330187e-06
