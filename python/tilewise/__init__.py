@@ -1,5 +1,6 @@
 """Tilewise: fused transformer kernels for PyTorch, with one public function per op."""
 
+from tilewise import functional
 from tilewise.allocator import tune_allocator
 from tilewise.choice import backend, explain
 from tilewise.op import OPS
@@ -20,6 +21,7 @@ __all__ = [
     "backend",
     "cross_entropy",
     "explain",
+    "functional",
     "gelu",
     "glu",
     "layer_norm",
