@@ -1,0 +1,220 @@
+"""Random numbers by logical position, the same bits in every backend: Philox4x32-10.
+
+Salmon et al., 2011, https://doi.org/10.1145/2063384.2063405. The key is the seed; the counter is
+the group of four columns, the row and the offset; a column's word is the one of its place in its
+group. So a number depends on where it is used, never on how the work was cut into tiles.
+
+This is the specification: plain PyTorch in int64, on any device, and without overflow.
+"""
+
+import torch
+from torch import Generator, Tensor
+
+ROUNDS = 10
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+GROUP = 4  # columns that share one counter
+WORDS = 1 << 32
+
+_LOW, _HALF = WORDS - 1, (1 << 16) - 1
+_LAST_SEED = (1 << 63) - 1
+
+
+def _low_and_high(value: Tensor | int) -> tuple[Tensor | int, Tensor | int]:
+    return value & _LOW, (value >> 32) & _LOW
+
+
+def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """High and low half of a product of two 32-bit words, by halves that fit in int64."""
+    upper, lower = word * (factor >> 16), word * (factor & _HALF)
+    high = (upper + (lower >> 16)) >> 16
+    return high, (((upper & _HALF) << 16) + lower) & _LOW
+
+
+def philox(
+    seed: Tensor | int, offset: Tensor | int, row: Tensor | int, group: Tensor | int
+) -> Tensor:
+    """Draw the four words of a group of columns.
+
+    Args:
+        seed: int64, its two halves are the key.
+        offset: int64, its two halves are the last two words of the counter.
+        row: Second word of the counter, modulo 2^32.
+        group: First word of the counter, modulo 2^32. All four broadcast together.
+
+    Returns:
+        `[..., 4]`, int64, from 0 to 2^32 - 1.
+    """
+    key = _low_and_high(seed)
+    parts = (group & _LOW, row & _LOW, *_low_and_high(offset), *key)
+    device = next((part.device for part in parts if isinstance(part, Tensor)), None)
+    tensors = [torch.as_tensor(part, dtype=torch.int64, device=device) for part in parts]
+    a, b, c, d, low, high = torch.broadcast_tensors(*tensors)
+    for _ in range(ROUNDS):
+        (a_high, a_low), (c_high, c_low) = (
+            _multiply(a, MULTIPLIERS[0]),
+            _multiply(c, MULTIPLIERS[1]),
+        )
+        a, b, c, d = c_high ^ b ^ low, c_low, a_high ^ d ^ high, a_low
+        low, high = (low + KEY_STEPS[0]) & _LOW, (high + KEY_STEPS[1]) & _LOW
+    return torch.stack([a, b, c, d], -1)
+
+
+def philox_words(
+    seed: Tensor | int, offset: Tensor | int, rows: Tensor | int, columns: int
+) -> Tensor:
+    """Draw the words of columns 0 to `columns` - 1 of each row.
+
+    Args:
+        seed: int64.
+        offset: int64.
+        rows: Numbers of the rows. All three broadcast to a shape `[...]`.
+        columns: How many columns.
+
+    Returns:
+        `[..., columns]`, int64, from 0 to 2^32 - 1.
+    """
+    device = next((t.device for t in (rows, seed, offset) if isinstance(t, Tensor)), None)
+    groups = torch.arange(-(-columns // GROUP), device=device)
+    seed, offset, rows = (
+        part.unsqueeze(-1) if isinstance(part, Tensor) else part for part in (seed, offset, rows)
+    )
+    return philox(seed, offset, rows, groups).flatten(-2)[..., :columns]
+
+
+def _as_uniform(words: Tensor, dtype: torch.dtype) -> Tensor:
+    below_one = 1 - torch.finfo(dtype).eps / 2
+    return ((words.double() + 0.5) / WORDS).to(dtype).clamp(max=below_one)
+
+
+def uniform(
+    seed: Tensor | int,
+    offset: Tensor | int,
+    rows: Tensor | int,
+    columns: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw numbers between 0 and 1, of which neither is ever reached.
+
+        u = (word + 1/2) / 2^32, rounded to `dtype`, at most the number before 1
+
+    Args:
+        seed: int64.
+        offset: int64.
+        rows: Numbers of the rows. All three broadcast to a shape `[...]`.
+        columns: How many columns.
+        dtype: float32 or float64.
+
+    Returns:
+        `[..., columns]`, `dtype`.
+    """
+    return _as_uniform(philox_words(seed, offset, rows, columns), dtype)
+
+
+def gumbel(
+    seed: Tensor | int,
+    offset: Tensor | int,
+    rows: Tensor | int,
+    columns: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw from the standard Gumbel distribution: logits plus these are largest at a sample.
+
+        g = -log(-log((word + 1/2) / 2^32))
+
+    Computed in fp64, since near 1 the uniform number loses in fp32 what the logarithm needs.
+
+    Args:
+        seed: int64.
+        offset: int64.
+        rows: Numbers of the rows. All three broadcast to a shape `[...]`.
+        columns: How many columns.
+        dtype: Of the result.
+
+    Returns:
+        `[..., columns]`, `dtype`, between -3.2 and 22.9.
+    """
+    return (-(-uniform(seed, offset, rows, columns, torch.float64).log()).log()).to(dtype)
+
+
+def keep_threshold(p: float) -> int:
+    """The first word that survives dropout with probability `p`: 0 drops none, 2^32 all."""
+    return int(p * WORDS)
+
+
+def keep_mask(
+    p: float, seed: Tensor | int, offset: Tensor | int, rows: Tensor | int, columns: int
+) -> Tensor:
+    """Say which elements dropout keeps.
+
+        keep = word >= floor(p * 2^32)
+
+    Args:
+        p: Probability of dropping an element, from 0 to 1.
+        seed: int64.
+        offset: int64.
+        rows: Numbers of the rows. All three broadcast to a shape `[...]`.
+        columns: How many columns.
+
+    Returns:
+        `[..., columns]`, bool.
+    """
+    return philox_words(seed, offset, rows, columns) >= keep_threshold(p)
+
+
+# --- What a front door asks.
+
+
+def _checked(
+    op: str, name: str, value: Tensor | int, rows: int, device: torch.device
+) -> Tensor | int:
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64:
+            raise TypeError(f"{op}: {name} must be torch.int64, got {value.dtype}")
+        if value.ndim and value.shape != (rows,):
+            raise ValueError(f"{op}: {name} must be [] or [{rows}], got {list(value.shape)}")
+        if value.device != device:
+            raise RuntimeError(f"{op}: {name} must be on {device}, got {value.device}")
+        return value.contiguous()
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be an int or a tensor, got {type(value).__name__}")
+    if not -_LAST_SEED - 1 <= value <= _LAST_SEED:
+        raise ValueError(f"{op}: {name} must fit in 64 bits with a sign, got {value}")
+    return value
+
+
+def seed_and_offset(
+    op: str,
+    rows: int,
+    device: torch.device,
+    seed: Tensor | int | None,
+    offset: Tensor | int | None,
+    generator: Generator | None,
+) -> tuple[Tensor | int, Tensor | int]:
+    """Settle the `seed`, `offset` and `generator` of the op named `op`, for `rows` on `device`.
+
+    Without a seed one is drawn on the device, by PyTorch's own generator or the one given: no
+    synchronisation, and a part of a compiled or captured graph.
+
+    Returns:
+        Seed and offset, each an int or an int64 tensor, `[]` or `[rows]`. With one seed a row, the
+        row of every counter is 0, so that a draw does not know its place in the batch.
+
+    Raises:
+        TypeError: If a dtype or kind is wrong.
+        ValueError: If a shape or range is wrong, or both seed and generator are given.
+        RuntimeError: If a tensor is on another device.
+    """
+    if seed is not None and generator is not None:
+        raise ValueError(f"{op}: must be given seed or generator, got both")
+    offset = 0 if offset is None else _checked(op, "offset", offset, rows, device)
+    if seed is not None:
+        return _checked(op, "seed", seed, rows, device), offset
+    drawn = torch.randint(_LAST_SEED, (), device=device, generator=generator)
+    return drawn, offset
+
+
+def counter_rows(seed: Tensor | int, rows: int, device: torch.device) -> Tensor | int:
+    """The row of each counter: 0 with one seed a row, else the place in the batch."""
+    one_a_row = isinstance(seed, Tensor) and seed.ndim > 0
+    return 0 if one_a_row else torch.arange(rows, device=device)
