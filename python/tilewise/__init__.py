@@ -11,6 +11,7 @@ from tilewise.ops.glu import glu
 from tilewise.ops.layer_norm import layer_norm
 from tilewise.ops.rms_norm import rms_norm
 from tilewise.ops.rotary import rotary, rotary_tables
+from tilewise.ops.sample import sample
 from tilewise.ops.softmax import log_softmax, softmax
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "rotary_tables",
+    "sample",
     "softmax",
     "tune_allocator",
 ]
