@@ -98,9 +98,11 @@ def _first(x, maxima, vocab, top):
 
 
 @compiled
-def _kth_largest(values, count, k, least, top):
-    """The k-th largest of `count` values, which lies from `least` to `top`: by bisection."""
-    low, high = ordered(least), ordered(top) + 1  # k values from low on, fewer from high on
+def _bound(values, count, k, enough, least, top):
+    """A bound that at least k of `count` values reach, and at most `enough` if ties allow; with
+    `enough` = k these are the first k. By bisection between `least` and `top`.
+    """
+    low, high = ordered(least), ordered(top) + 1  # k values reach low, fewer high
     while low + 1 < high:
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
         bound = from_ordered(top, middle)
@@ -111,6 +113,8 @@ def _kth_largest(values, count, k, least, top):
             low = middle
         else:
             high = middle
+        if k <= above <= enough:
+            break
     return from_ordered(top, low)
 
 
@@ -119,8 +123,10 @@ def _gather_top(values, columns, x, maxima, vocab, k, top):
     """Write the first k logits in rank, and their columns, in order of column; return how many."""
     blocks = (vocab + BLOCK - 1) // BLOCK
     least = real(x, -INFINITY)
-    if k <= blocks:  # k blocks reach this, so k logits do
-        least = _kth_largest(maxima, blocks, k, least, top)
+    if k <= blocks:  # where k blocks reach this, k logits do
+        least = _bound(maxima, blocks, k, k, least, top)
+    else:
+        least = _bound(x, vocab, k, 2 * k, least, top)
     count = 0
     for b in range(blocks):
         if load(maxima, b) >= least:
@@ -133,7 +139,7 @@ def _gather_top(values, columns, x, maxima, vocab, k, top):
     if count <= k:
         return count
 
-    least = _kth_largest(values, count, k, least, top)
+    least = _bound(values, count, k, k, least, top)
     ties = k
     for j in range(count):
         ties -= 1 if load(values, j) > least else 0
@@ -150,55 +156,62 @@ def _gather_top(values, columns, x, maxima, vocab, k, top):
 
 @compiled
 def _weigh(masses, values, count, top, inverse):
-    """Write e**((value - top) / temperature); return the sum."""
-    total = 0.0
-    for b in range((count + BLOCK - 1) // BLOCK):
-        mass, value = offset(masses, b * BLOCK), offset(values, b * BLOCK)
-        part = real(values, 0)
-        for j in range(min(BLOCK, count - b * BLOCK)):
-            v = load(value, j)
-            e = exp(real(values, 0) if v == top else (v - top) * inverse)  # inf - inf is NaN
-            store(mass, j, e)
-            part += e
-        total += part
-    return total
+    """Write e**((value - top) / temperature)."""
+    for j in range(count):
+        v = load(values, j)
+        store(masses, j, exp(real(values, 0) if v == top else (v - top) * inverse))  # not inf - inf
 
 
 @compiled
-def _mass_from(masses, values, start, stop, least, ties):
-    """Mass of the values above `least`, and of those equal to it if `ties`."""
-    total = 0.0
+def _masses(values, start, stop, top, inverse, least, ties):
+    """Mass of the values above `least`, or equal to it if `ties`; and of all."""
+    before, total = 0.0, 0.0
     for b in range((stop - start + BLOCK - 1) // BLOCK):
-        first = start + b * BLOCK
-        mass, value = offset(masses, first), offset(values, first)
-        part = real(values, 0)
-        for j in range(min(BLOCK, stop - first)):
-            v = load(value, j)
-            part += load(mass, j) if v > least or (ties and v == least) else real(values, 0)
-        total += part
-    return total
+        block = offset(values, start + b * BLOCK)
+        count = min(BLOCK, stop - start - b * BLOCK)
+        part, whole = real(values, 0), real(values, 0)
+        if ties:  # two loops: one that asks in each turn is no vector loop
+            for j in range(count):
+                v = load(block, j)
+                mass = exp(real(values, 0) if v == top else (v - top) * inverse)
+                whole += mass
+                part += mass if v >= least else real(values, 0)
+        else:
+            for j in range(count):
+                v = load(block, j)
+                mass = exp(real(values, 0) if v == top else (v - top) * inverse)
+                whole += mass
+                part += mass if v > least else real(values, 0)
+        before += part
+        total += whole
+    return before, total
 
 
 @compiled
-def _is_left(masses, values, count, j, goal):
-    """Whether the mass before value j in rank is short of the goal."""
+def _is_left(values, count, j, top, inverse, p):
+    """Whether the mass before value j in rank is short of top-p."""
     v = load(values, j)
-    before = _mass_from(masses, values, 0, j, v, True)
-    before += _mass_from(masses, values, j, count, v, False)
-    return real(values, before) < goal
+    before, total = _masses(values, 0, j, top, inverse, v, True)
+    more, rest = _masses(values, j, count, top, inverse, v, False)
+    return real(values, before + more) < p * real(values, total + rest)
 
 
 @compiled
-def _lowest_word(gap, best):
-    """No word below this one wins, of a token that is `gap` behind the first: noise above g is as
-    rare as e**-g at most. 2^32 if none can.
+def _rarity(best):
+    """A token of mass m gets above the score `best` by its m * rarity highest words at most, for
+    noise above g is as rare as e**-g at most.
     """
-    reach = np.float64(exp(np.float32(gap - best))) * WORDS * 1.0001  # of the rounding in exp
+    return math.exp(-best) * WORDS * 1.0001  # the mass is rounded
+
+
+@compiled
+def _lowest_word(reach):
     return np.int64(max(WORDS - 2 - reach, 0.0)) if reach > 0.5 else np.int64(WORDS)
 
 
 @compiled
-def _score(gap, word):
+def _score(v, top, inverse, word):
+    gap = 0.0 if v == top else np.float64((v - top) * inverse)
     return gap - math.log(-math.log((np.float64(word) + 0.5) / WORDS))
 
 
@@ -218,69 +231,70 @@ def _draw_words(words, seed, offset, row, group):
 
 
 @compiled
-def _draw(words, x, maxima, vocab, top, inverse, seed, offset, row, least, stop):
+def _draw(reaches, words, x, maxima, vocab, top, inverse, seed, offset, row, least, stop):
     """The winning column of those above `least`, or equal to it and before `stop`."""
-    winner, best = 0, LOWEST_SCORE
+    winner = _first(x, maxima, vocab, top)  # is always left, and a good score to begin with
+    word = philox(seed, offset, row, winner >> 2)[winner & 3]
+    best = _score(top, top, inverse, word)
+    rarity = _rarity(best)
     for b in range((vocab + BLOCK - 1) // BLOCK):
-        largest = load(maxima, b)
-        gap = np.float64(real(x, 0) if largest == top else (largest - top) * inverse)
-        lowest = _lowest_word(gap, best)
-        if largest < least or lowest == WORDS:
+        lowest = _lowest_word(load(reaches, b) * rarity)
+        if load(maxima, b) < least or lowest == WORDS:
             continue
         if _draw_words(words, seed, offset, row, b * GROUPS) < lowest:
             continue
-        for i in range(min(BLOCK, vocab - b * BLOCK)):
-            word, j = load(words, (i & 3) * GROUPS + (i >> 2)), b * BLOCK + i
+        for i in range(BLOCK):
+            word = load(words, i)
             if word >= lowest:
-                v = load(x, j)
+                j = b * BLOCK + (i % GROUPS) * 4 + i // GROUPS
+                v = load(x, j) if j < vocab else real(x, -INFINITY)
                 if v > least or (v == least and j < stop):
-                    gap = np.float64(real(x, 0) if v == top else (v - top) * inverse)
-                    score = _score(gap, word)
+                    score = _score(v, top, inverse, word)
                     if score > best:
-                        winner, best = j, score
+                        winner, best, rarity = j, score, _rarity(score)
     return winner
 
 
 @compiled
-def _draw_listed(values, columns, count, top, inverse, seed, offset, row, least, stop):
+def _draw_listed(masses, values, columns, count, top, inverse, seed, offset, row, least, stop):
     """The place in the list of the winner of those above `least`, or equal and before `stop`."""
-    winner, best = 0, LOWEST_SCORE
+    winner, best, rarity = 0, LOWEST_SCORE, _rarity(LOWEST_SCORE)
     for j in range(count):
         v = load(values, j)
         if v > least or (v == least and j < stop):
-            gap = np.float64(real(values, 0) if v == top else (v - top) * inverse)
-            lowest = _lowest_word(gap, best)
             column = load(columns, j)
             word = philox(seed, offset, row, column >> 2)[column & 3]
-            if word >= lowest:
-                score = _score(gap, word)
+            if word >= _lowest_word(load(masses, j) * rarity):
+                score = _score(v, top, inverse, word)
                 if score > best:
-                    winner, best = j, score
+                    winner, best, rarity = j, score, _rarity(score)
     return winner
 
 
 @compiled
-def _sample_all(words, masses, x, maxima, vocab, top, inverse, p, seed, offset, row):
+def _sample_all(reaches, words, x, maxima, vocab, top, inverse, p, seed, offset, row):
     """A token of the whole row, cut to top-p."""
     least, stop = real(x, -INFINITY), 0
-    goal = p * real(x, _weigh(masses, x, vocab, top, inverse)) if p < 1 else real(x, 0)
+    _weigh(reaches, maxima, (vocab + BLOCK - 1) // BLOCK, top, inverse)
     while True:
         token = _draw(
-            words, x, maxima, vocab, top, inverse, seed, offset, row, least, stop
-        )  # fmt: skip
-        if p == 1 or _is_left(masses, x, vocab, token, goal):
+            reaches, words, x, maxima, vocab, top, inverse, seed, offset, row, least, stop
+        )
+        if p == 1 or _is_left(x, vocab, token, top, inverse, p):
             return token
         least, stop = load(x, token), token
 
 
 @compiled
-def _sample_listed(columns, masses, values, count, top, inverse, p, seed, offset, row):
+def _sample_listed(masses, values, columns, count, top, inverse, p, seed, offset, row):
     """A token of the list, cut to top-p."""
     least, stop = real(values, -INFINITY), 0
-    goal = p * real(values, _weigh(masses, values, count, top, inverse))
+    _weigh(masses, values, count, top, inverse)
     while True:
-        j = _draw_listed(values, columns, count, top, inverse, seed, offset, row, least, stop)
-        if p == 1 or _is_left(masses, values, count, j, goal):
+        j = _draw_listed(
+            masses, values, columns, count, top, inverse, seed, offset, row, least, stop
+        )
+        if p == 1 or _is_left(values, count, j, top, inverse, p):
             return np.int64(load(columns, j))
         least, stop = load(values, j), j
 
@@ -296,9 +310,9 @@ def _sample_row(maxima, masses, values, columns, words, x, vocab, t, k, p, seed,
         return _first(x, maxima, vocab, top)
     inverse = min(real(x, 1) / t, real(x, LARGE))
     if k == 0 or k >= vocab:
-        return _sample_all(words, masses, x, maxima, vocab, top, inverse, p, seed, offset, row)
+        return _sample_all(masses, words, x, maxima, vocab, top, inverse, p, seed, offset, row)
     count = _gather_top(values, columns, x, maxima, vocab, k, top)
-    return _sample_listed(columns, masses, values, count, top, inverse, p, seed, offset, row)
+    return _sample_listed(masses, values, columns, count, top, inverse, p, seed, offset, row)
 
 
 @Kernel

@@ -14,7 +14,6 @@ from tilewise.choice import choose
 from tilewise.op import (
     Inputs,
     Op,
-    as_rows,
     backends_of,
     declare,
     register,
@@ -87,13 +86,15 @@ def sample(
         return sample_reference(logits, **options)
 
     wide = wide_dtype(logits.dtype)
+    rows = logits.detach() if logits.requires_grad else logits
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
     temperatures, temperature = _apart(temperature, wide)
     top_ks, top_k = _apart(top_k, torch.int64)
     top_ps, top_p = _apart(top_p, wide)
     seeds, seed = _apart(seed, torch.int64)
     offsets, offset = _apart(offset, torch.int64)
     tokens: Tensor = _forward(
-        as_rows(logits.detach()), temperatures, top_ks, top_ps, seeds, offsets,
+        rows, temperatures, top_ks, top_ps, seeds, offsets,
         float(temperature), min(top_k, vocab), float(top_p), seed, offset, chosen,
     )  # fmt: skip
     return tokens
