@@ -127,7 +127,7 @@ def _gather_top(values, columns, x, maxima, vocab, k, top):
         least = _bound(maxima, blocks, k, k, least, top)
     else:
         least = _bound(x, vocab, k, 2 * k, least, top)
-    count = 0
+    count = np.int64(0)
     for b in range(blocks):
         if load(maxima, b) >= least:
             for j in range(b * BLOCK, min((b + 1) * BLOCK, vocab)):
@@ -274,7 +274,7 @@ def _draw_listed(masses, values, columns, count, top, inverse, seed, offset, row
 @compiled
 def _sample_all(reaches, words, x, maxima, vocab, top, inverse, p, seed, offset, row):
     """A token of the whole row, cut to top-p."""
-    least, stop = real(x, -INFINITY), 0
+    least, stop = real(x, -INFINITY), np.int64(0)
     _weigh(reaches, maxima, (vocab + BLOCK - 1) // BLOCK, top, inverse)
     while True:
         token = _draw(
@@ -288,7 +288,7 @@ def _sample_all(reaches, words, x, maxima, vocab, top, inverse, p, seed, offset,
 @compiled
 def _sample_listed(masses, values, columns, count, top, inverse, p, seed, offset, row):
     """A token of the list, cut to top-p."""
-    least, stop = real(values, -INFINITY), 0
+    least, stop = real(values, -INFINITY), np.int64(0)
     _weigh(masses, values, count, top, inverse)
     while True:
         j = _draw_listed(

@@ -315,11 +315,6 @@ def test_nothing_to_draw_from(backend, shape):
     assert tokens.tolist() == [-1] * shape[0]
 
 
-def test_one_token_to_draw_from(backend):
-    logits = torch.tensor([[3.0], [-INFINITY], [NAN]], device=DEVICE)
-    assert tilewise.sample(logits, seed=1, backend=backend).tolist() == [0, -1, -1]
-
-
 def test_without_a_seed_the_generator_decides(backend):
     logits = torch.zeros(4, 4096, device=DEVICE)
 
@@ -360,11 +355,9 @@ def test_threads_do_not_change_the_draw(backend):
     assert torch.equal(drawn[0], drawn[2])
 
 
-def test_logits_may_require_a_gradient_and_tokens_do_not(backend):
-    logits = row_of_logits(100)[None]
-    tokens = tilewise.sample(logits.clone().requires_grad_(), seed=1, backend=backend)
-    assert not tokens.requires_grad
-    assert torch.equal(tokens, tilewise.sample(logits, seed=1, backend=backend))
+def test_tokens_require_no_gradient(backend):
+    logits = row_of_logits(100)[None].requires_grad_()
+    assert not tilewise.sample(logits, seed=1, backend=backend).requires_grad
 
 
 def test_vmap_draws_as_the_reference():
