@@ -207,7 +207,7 @@ def test_top_p_of_1_is_off(backend):
 
 
 @pytest.mark.parametrize(
-    "options, left", [({"top_k": 3}, 3), ({"top_p": 0.3}, 3), ({"top_p": 0.31}, 4)], ids=str
+    "options, left", [({"top_k": 7}, 7), ({"top_p": 0.3}, 3), ({"top_p": 0.31}, 4)], ids=str
 )
 @pytest.mark.parametrize("zeros", ["alike", "of both signs"])
 def test_ties_go_to_the_lowest_tokens(backend, options, left, zeros):
@@ -218,7 +218,7 @@ def test_ties_go_to_the_lowest_tokens(backend, options, left, zeros):
         logits[:, 3:13:2] = -0.0
     tokens = tilewise.sample(logits, **options, seed=1, backend=backend)
     assert set(tokens.tolist()) <= set(range(3, 3 + left))
-    assert len(set(tokens.tolist())) == left or count < 100
+    assert len(set(tokens.tolist())) >= min(left, count // 2)
 
 
 def test_ties_at_the_threshold_of_a_large_k(backend):

@@ -42,9 +42,8 @@ def sample(
     Tokens are ranked by logit, then by index, lowest first. Left are the first `top_k` of them, and
     of these the shortest prefix whose probability, within the `top_k`, reaches `top_p`; the first
     one always. Temperature 0 takes the first one. The noise is that of `tilewise.rng.gumbel` at
-    column = token and row = place in the batch, or row 0 with one seed a row: such a draw depends
-    on its logits, seed and offset alone. All backends draw the same tokens, but where two scores
-    are as near as rounding.
+    column = token and row = place in the batch, or row 0 with one seed a row. All backends draw the
+    same tokens, but where two scores are as near as rounding.
 
     A row with NaN, with every logit -inf, or whose own temperature, top_k or top_p is out of range
     gives -1. Tokens of logit -inf are never drawn. Where some are +inf, those share the draw.
@@ -76,28 +75,15 @@ def sample(
     _check("temperature", temperature, logits, "at least 0 and finite", sys.float_info.max)
     _check("top_p", top_p, logits, "from 0 to 1", 1.0)
     _check_top_k(top_k, logits)
-    batch, vocab = logits.shape
-    seed, offset = seed_and_offset("sample", batch, logits.device, seed, offset, generator)
+    rows, device = logits.shape[0], logits.device
+    seed, offset = seed_and_offset("sample", rows, device, seed, offset, generator)
     options: dict[str, Any] = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "offset": offset,
     }  # fmt: skip
     chosen = choose(SAMPLE, backend, logits, **options)
     if chosen == "reference" or logits.numel() == 0 or transforming():
         return sample_reference(logits, **options)
-
-    wide = wide_dtype(logits.dtype)
-    rows = logits.detach() if logits.requires_grad else logits
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    temperatures, temperature = _apart(temperature, wide)
-    top_ks, top_k = _apart(top_k, torch.int64)
-    top_ps, top_p = _apart(top_p, wide)
-    seeds, seed = _apart(seed, torch.int64)
-    offsets, offset = _apart(offset, torch.int64)
-    tokens: Tensor = _forward(
-        rows, temperatures, top_ks, top_ps, seeds, offsets,
-        float(temperature), min(top_k, vocab), float(top_p), seed, offset, chosen,
-    )  # fmt: skip
-    return tokens
+    return _launch(logits, chosen, **options)
 
 
 def sample_reference(
@@ -133,6 +119,24 @@ def sample_reference(
     best = scores.argmax(-1, keepdim=True)
     can = (first > -math.inf) & (t >= 0) & (t < math.inf) & (k >= 0) & (p >= 0) & (p <= 1)
     return torch.where(can, tokens.gather(-1, best), -1).squeeze(-1)
+
+
+def _launch(
+    logits: Tensor, chosen: str, *, temperature: Any, top_k: Any, top_p: Any, seed: Any, offset: Any
+) -> Tensor:
+    wide = wide_dtype(logits.dtype)
+    rows = logits.detach() if logits.requires_grad else logits
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    temperatures, temperature = _apart(temperature, wide)
+    top_ks, top_k = _apart(top_k, torch.int64)
+    top_ps, top_p = _apart(top_p, wide)
+    seeds, seed = _apart(seed, torch.int64)
+    offsets, offset = _apart(offset, torch.int64)
+    tokens: Tensor = _forward(
+        rows, temperatures, top_ks, top_ps, seeds, offsets,
+        float(temperature), min(top_k, logits.shape[1]), float(top_p), seed, offset, chosen,
+    )  # fmt: skip
+    return tokens
 
 
 def _columns(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
