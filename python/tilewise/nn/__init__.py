@@ -1,1 +1,20 @@
 """Modules: parameters and one op call each, state_dict-compatible with torch.nn."""
+
+from tilewise.nn.cross_entropy import CrossEntropyLoss
+from tilewise.nn.gelu import GELU
+from tilewise.nn.glu import GLU
+from tilewise.nn.layer_norm import LayerNorm
+from tilewise.nn.rms_norm import RMSNorm
+from tilewise.nn.rotary import Rotary
+from tilewise.nn.softmax import LogSoftmax, Softmax
+
+__all__ = [
+    "GELU",
+    "GLU",
+    "CrossEntropyLoss",
+    "LayerNorm",
+    "LogSoftmax",
+    "RMSNorm",
+    "Rotary",
+    "Softmax",
+]

@@ -1,0 +1,220 @@
+"""What the reference transformers are made of: attention, feed-forward, norms, the cache.
+
+Each block is written to be read beside its formula; the ops of tilewise do the work in between.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import tilewise.nn
+from tilewise.ops.attention import attention
+
+NORMS = ("rms_norm", "layer_norm")
+
+
+@dataclass
+class KVCache:
+    """The keys and values of one layer, for the positions seen so far, in memory taken once.
+
+    Attributes:
+        keys: `[batch, kv_heads, capacity, head_dim]`, written up to `length`.
+        values: The same.
+        length: How many positions have been seen.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the next positions, and return those of all positions so far, as views."""
+        start, self.length = self.length, self.length + keys.shape[2]
+        self.keys[:, :, start : self.length] = keys
+        self.values[:, :, start : self.length] = values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+class Attention(nn.Module):
+    """Attention between linear maps, over `x` itself or over another sequence, `memory`.
+
+    Args:
+        dim: Width of `x` and of what is returned.
+        heads: Query heads, of `dim / heads` dimensions each.
+        kv_heads: Key and value heads, each read by `heads / kv_heads` query heads.
+        bias: Whether the linear maps have one.
+    """
+
+    def __init__(self, dim: int, heads: int, kv_heads: int | None = None, bias: bool = True):
+        super().__init__()
+        self.heads, self.kv_heads = heads, kv_heads or heads
+        kv_dim = dim // heads * self.kv_heads
+        self.query = nn.Linear(dim, dim, bias)
+        self.key = nn.Linear(dim, kv_dim, bias)
+        self.value = nn.Linear(dim, kv_dim, bias)
+        self.output = nn.Linear(dim, dim, bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        rotary: tilewise.nn.Rotary | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Let each position of `x` read the positions of `memory`.
+
+        Args:
+            x: `[batch, seq, dim]`.
+            memory: `[batch, seq_k, dim]`; None is `x`.
+            mask: bool, True = attend, broadcastable to `[batch, heads, seq, seq_k]`.
+            causal: Read no later position than one's own, the last of both being the same.
+            rotary: Turns queries and keys by their positions.
+            cache: Keys and values of earlier positions, to which those of `x` are appended.
+
+        Returns:
+            `[batch, seq, dim]`.
+        """
+        memory = x if memory is None else memory
+        q = _split(self.query(x), self.heads)
+        k = _split(self.key(memory), self.kv_heads)
+        v = _split(self.value(memory), self.kv_heads)
+        if rotary is not None:
+            q, k = rotary(q, k, offset=cache.length if cache else 0)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        read = attention(q, k, v, mask=mask, causal=causal)
+        y: Tensor = self.output(read.transpose(1, 2).flatten(2))
+        return y
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """`[batch, seq, heads * head_dim]` as `[batch, heads, seq, head_dim]`."""
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "swiglu": tilewise.nn.GLU,
+    "gelu": tilewise.nn.GELU,
+    "relu": nn.ReLU,
+}
+FEED_FORWARDS = tuple(_ACTIVATIONS)
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with something in between, at each position on its own.
+
+        "swiglu": down(silu(gate(x)) * up(x))
+        "gelu", "relu": down(gelu(up(x))), down(relu(up(x)))
+
+    Args:
+        dim: Width of `x` and of what is returned.
+        hidden: Width in between.
+        kind: One of the above.
+        bias: Whether the linear maps have one.
+    """
+
+    def __init__(self, dim: int, hidden: int, kind: str = "gelu", bias: bool = True):
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias) if kind == "swiglu" else None
+        self.up = nn.Linear(dim, hidden, bias)
+        self.down = nn.Linear(hidden, dim, bias)
+        self.activation: nn.Module = _ACTIVATIONS[kind]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, seq, dim]` to `[batch, seq, dim]`."""
+        branches = [self.up(x)] if self.gate is None else [self.gate(x), self.up(x)]
+        y: Tensor = self.down(self.activation(*branches))
+        return y
+
+
+def default_hidden(dim: int, kind: str) -> int:
+    """Width of a feed-forward layer of about `8 dim^2` weights: SwiGLU has three maps, not two."""
+    return -(-8 * dim // 3 // 16) * 16 if kind == "swiglu" else 4 * dim
+
+
+def make_norm(kind: str, dim: int, eps: float, bias: bool = True) -> nn.Module:
+    """The norm called `kind`; RMSNorm never has a bias."""
+    if kind == "rms_norm":
+        return tilewise.nn.RMSNorm(dim, eps)
+    return tilewise.nn.LayerNorm(dim, eps, bias=bias)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, branches: int = 1) -> None:
+    """Draw every linear map and embedding of `model`, before any weights are shared.
+
+    Linear maps are normal with variance `1 / inputs`, those that end a branch with `1 / branches`
+    of that, so that a residual stream of so many is no larger than one; biases are 0. Embeddings
+    have a standard deviation of 0.02, as in GPT-2 and BERT.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.output.weight *= branches**-0.5
+        elif isinstance(module, FeedForward):
+            module.down.weight *= branches**-0.5
+
+
+# --- What a caller can get wrong.
+
+
+def require_counts(model: str, **counts: int | None) -> None:
+    """Refuse a size that is not a positive integer; None stands for a default."""
+    for name, count in counts.items():
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool)):
+            raise TypeError(f"{model}: {name} must be an int, got {count!r}")
+        if count is not None and count < 1:
+            raise ValueError(f"{model}: {name} must be at least 1, got {count}")
+
+
+def require_multiple(model: str, **pair: int) -> None:
+    """Refuse two sizes, given by name, of which the second does not divide the first."""
+    (name, whole), (part_name, part) = pair.items()
+    if whole % part:
+        raise ValueError(
+            f"{model}: {name} must be a multiple of {part_name}, got {whole} and {part}"
+        )
+
+
+def require_known(model: str, name: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse a name that is not in `known`."""
+    if value not in known:
+        raise ValueError(f"{model}: {name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def require_fraction(model: str, name: str, value: float) -> None:
+    """Refuse a probability outside [0, 1)."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{model}: {name} must be at least 0 and below 1, got {value}")
+
+
+def require_tokens(model: str, name: str, tokens: Tensor, context: int) -> None:
+    """Refuse what is not a batch of token ids, at most `context` of them in a row."""
+    if tokens.dtype != torch.int64:
+        raise TypeError(f"{model}: {name} must be torch.int64, got {tokens.dtype}")
+    if tokens.ndim != 2:
+        raise ValueError(f"{model}: {name} must be [batch, seq], got {list(tokens.shape)}")
+    if tokens.shape[1] > context:
+        raise ValueError(
+            f"{model}: {name} must have at most {context} positions, got {tokens.shape[1]}"
+        )
+
+
+def require_same_shape(model: str, name: str, value: Tensor, tokens: Tensor) -> None:
+    """Refuse what does not have one entry a token."""
+    if value.shape != tokens.shape:
+        raise ValueError(
+            f"{model}: {name} must have the shape of the tokens, {list(tokens.shape)}, "
+            f"got {list(value.shape)}"
+        )

@@ -1,0 +1,212 @@
+"""A decoder that predicts the next token: the GPT and Llama kind.
+
+Radford et al., 2019 (https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf)
+with learned positions, LayerNorm and GELU; Touvron et al., 2023 (https://arxiv.org/abs/2302.13971)
+with rotary positions, RMSNorm and SwiGLU; grouped heads as in https://arxiv.org/abs/2305.13245.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+import tilewise.nn
+from tilewise.models.blocks import (
+    FEED_FORWARDS,
+    NORMS,
+    Attention,
+    FeedForward,
+    KVCache,
+    default_hidden,
+    initialise,
+    make_norm,
+    require_counts,
+    require_fraction,
+    require_known,
+    require_multiple,
+    require_same_shape,
+    require_tokens,
+)
+from tilewise.ops.cross_entropy import cross_entropy
+
+POSITIONS = ("rotary", "learned")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a `Decoder`. The defaults are a small Llama.
+
+    Attributes:
+        vocab_size: How many tokens there are.
+        context: The longest sequence.
+        dim: Width of the residual stream.
+        layers: How many blocks.
+        heads: Query heads, of `dim / heads` dimensions each.
+        kv_heads: Key and value heads; None is as many as query heads.
+        hidden: Width of the feed-forward layers; None is one that makes `8 dim^2` weights.
+        norm: "rms_norm" or "layer_norm", before each branch and at the end.
+        feed_forward: "swiglu", "gelu" or "relu".
+        positions: "rotary" or "learned".
+        tied: Whether the head is the token embedding.
+        bias: Whether linear maps and LayerNorm have one.
+        dropout: Probability with which embeddings and what a branch adds are dropped in training.
+        eps: Of the norms.
+        rotary_base: Of the rotary positions.
+    """
+
+    vocab_size: int
+    context: int = 256
+    dim: int = 256
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int | None = None
+    hidden: int | None = None
+    norm: str = "rms_norm"
+    feed_forward: str = "swiglu"
+    positions: str = "rotary"
+    tied: bool = True
+    bias: bool = False
+    dropout: float = 0.0
+    eps: float = 1e-5
+    rotary_base: float = 10000.0
+
+    def __post_init__(self) -> None:
+        require_counts(
+            "decoder",
+            vocab_size=self.vocab_size,
+            context=self.context,
+            dim=self.dim,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            hidden=self.hidden,
+        )
+        require_multiple("decoder", dim=self.dim, heads=self.heads)
+        require_multiple("decoder", heads=self.heads, kv_heads=self.kv_heads or self.heads)
+        require_known("decoder", "norm", self.norm, NORMS)
+        require_known("decoder", "feed_forward", self.feed_forward, FEED_FORWARDS)
+        require_known("decoder", "positions", self.positions, POSITIONS)
+        require_fraction("decoder", "dropout", self.dropout)
+        if self.positions == "rotary" and self.dim // self.heads % 2:
+            raise ValueError(
+                "decoder: dim / heads must be even for rotary positions, "
+                f"got {self.dim} / {self.heads}"
+            )
+
+
+class Decoder(nn.Module):
+    """Tokens in, logits of the next token out.
+
+        x = embedding(tokens)
+        x = x + attention(norm(x))          in each block
+        x = x + feed_forward(norm(x))
+        logits = head(norm(x))
+
+    Weights start as `initialise` says, the head as the embedding.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        head_dim = config.dim // config.heads
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.positions = None
+        self.rotary = None
+        if config.positions == "learned":
+            self.positions = nn.Embedding(config.context, config.dim)
+        else:
+            self.rotary = tilewise.nn.Rotary(head_dim, config.context, base=config.rotary_base)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
+        self.norm = make_norm(config.norm, config.dim, config.eps, config.bias)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        initialise(self, branches=2 * config.layers)
+        nn.init.normal_(self.head.weight, std=0.02)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
+        """Compute the logits of the token after each of `tokens`.
+
+        Args:
+            tokens: `[batch, seq]`, int64.
+            cache: From `make_cache`: the tokens continue those it has seen, and are added to it.
+
+        Returns:
+            `[batch, seq, vocab_size]`.
+
+        Raises:
+            TypeError: If the tokens are not int64.
+            ValueError: If they are not `[batch, seq]`, or more than the context holds.
+        """
+        logits: Tensor = self.head(self.features(tokens, cache=cache))
+        return logits
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Compute the mean cross-entropy of the next tokens.
+
+        Args:
+            tokens: `[batch, seq]`, int64.
+            targets: `[batch, seq]`, int64: the token after each; -100 does not count.
+
+        Returns:
+            A scalar, in nats.
+
+        Raises:
+            TypeError, ValueError: As `forward`.
+        """
+        require_same_shape("decoder", "targets", targets, tokens)
+        return cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
+
+    def features(self, tokens: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
+        """What the head reads: `[batch, seq, dim]`. The arguments are those of `forward`."""
+        offset, room = 0, self.config.context
+        if cache:
+            offset, room = cache[0].length, min(room, cache[0].keys.shape[2])
+        require_tokens("decoder", "tokens", tokens, room - offset)
+        x: Tensor = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions.weight[offset : offset + tokens.shape[1]]
+        x = self.dropout(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, self.rotary, cache[i] if cache else None)
+        x = self.norm(x)
+        return x
+
+    def make_cache(self, batch: int, capacity: int | None = None) -> list[KVCache]:
+        """Take the memory for the keys and values of `batch` sequences.
+
+        Args:
+            batch: How many sequences.
+            capacity: How many positions; None is the whole context.
+
+        Returns:
+            A cache for each layer, in the dtype and on the device of the weights.
+        """
+        config, weight = self.config, self.embedding.weight
+        kv_heads, head_dim = config.kv_heads or config.heads, config.dim // config.heads
+        shape = (batch, kv_heads, capacity or config.context, head_dim)
+        return [KVCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.blocks]
+
+
+class DecoderBlock(nn.Module):
+    """Attention to the past, then feed-forward, each normalised before and added to the stream."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        hidden = config.hidden or default_hidden(config.dim, config.feed_forward)
+        self.attention_norm = make_norm(config.norm, config.dim, config.eps, config.bias)
+        self.attention = Attention(config.dim, config.heads, config.kv_heads, config.bias)
+        self.feed_forward_norm = make_norm(config.norm, config.dim, config.eps, config.bias)
+        self.feed_forward = FeedForward(config.dim, hidden, config.feed_forward, config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, rotary: tilewise.nn.Rotary | None, cache: KVCache | None
+    ) -> Tensor:
+        """`[batch, seq, dim]` to `[batch, seq, dim]`."""
+        y = self.attention(self.attention_norm(x), causal=True, rotary=rotary, cache=cache)
+        x = x + self.dropout(y)
+        y = self.feed_forward(self.feed_forward_norm(x))
+        x = x + self.dropout(y)
+        return x
