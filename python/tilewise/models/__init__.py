@@ -2,6 +2,20 @@
 
 from tilewise.models.blocks import KVCache
 from tilewise.models.decoder import Decoder, DecoderConfig
-from tilewise.models.generation import generate
+from tilewise.models.encoder import Classifier, Encoder, EncoderConfig, MaskedLanguageModel
+from tilewise.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from tilewise.models.generation import generate, translate
 
-__all__ = ["Decoder", "DecoderConfig", "KVCache", "generate"]
+__all__ = [
+    "Classifier",
+    "Decoder",
+    "DecoderConfig",
+    "Encoder",
+    "EncoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
+    "KVCache",
+    "MaskedLanguageModel",
+    "generate",
+    "translate",
+]

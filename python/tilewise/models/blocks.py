@@ -34,7 +34,16 @@ class KVCache:
         start, self.length = self.length, self.length + keys.shape[2]
         self.keys[:, :, start : self.length] = keys
         self.values[:, :, start : self.length] = values
+        return self.seen()
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """The keys and values of all positions so far, as views."""
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+def make_caches(like: Tensor, count: int, *shape: int) -> list[KVCache]:
+    """Take the room for `count` layers, zeros of `shape` in the dtype and on the device given."""
+    return [KVCache(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(count)]
 
 
 class Attention(nn.Module):
@@ -74,19 +83,23 @@ class Attention(nn.Module):
             mask: bool, True = attend, broadcastable to `[batch, heads, seq, seq_k]`.
             causal: Read no later position than one's own, the last of both being the same.
             rotary: Turns queries and keys by their positions.
-            cache: Keys and values of earlier positions, to which those of `x` are appended.
+            cache: Keys and values of earlier positions, to which those of `x` are appended. Those
+                of a memory are computed once, when the cache is empty.
 
         Returns:
             `[batch, seq, dim]`.
         """
-        memory = x if memory is None else memory
         q = _split(self.query(x), self.heads)
-        k = _split(self.key(memory), self.kv_heads)
-        v = _split(self.value(memory), self.kv_heads)
-        if rotary is not None:
-            q, k = rotary(q, k, offset=cache.length if cache else 0)
-        if cache is not None:
-            k, v = cache.append(k, v)
+        if memory is not None and cache is not None and cache.length:
+            k, v = cache.seen()
+        else:
+            memory = x if memory is None else memory
+            k = _split(self.key(memory), self.kv_heads)
+            v = _split(self.value(memory), self.kv_heads)
+            if rotary is not None:
+                q, k = rotary(q, k, offset=cache.length if cache else 0)
+            if cache is not None:
+                k, v = cache.append(k, v)
         read = attention(q, k, v, mask=mask, causal=causal)
         y: Tensor = self.output(read.transpose(1, 2).flatten(2))
         return y
@@ -132,6 +145,43 @@ class FeedForward(nn.Module):
         return y
 
 
+class EncoderBlock(nn.Module):
+    """Attention to the whole sequence, then feed-forward, normalised after each is added.
+
+        x = layer_norm(x + attention(x))
+        x = layer_norm(x + feed_forward(x))
+
+    Args:
+        dim: Width of `x` and of what is returned.
+        heads: Heads of the attention.
+        hidden: Width of the feed-forward layer.
+        feed_forward: Its kind.
+        dropout: Probability with which what is added is dropped in training.
+        eps: Of the norms.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, hidden: int, feed_forward: str, dropout: float, eps: float
+    ) -> None:
+        super().__init__()
+        self.attention = Attention(dim, heads)
+        self.attention_norm = tilewise.nn.LayerNorm(dim, eps)
+        self.feed_forward = FeedForward(dim, hidden, feed_forward)
+        self.feed_forward_norm = tilewise.nn.LayerNorm(dim, eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`[batch, seq, dim]` to the same, reading only the positions that `mask` allows."""
+        x = self.attention_norm(x + self.dropout(self.attention(x, mask=mask)))
+        x = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        return x
+
+
+def padding_mask(kept: Tensor | None) -> Tensor | None:
+    """A mask of the positions, `[batch, seq]`, as the mask of the keys that attention takes."""
+    return None if kept is None else kept[:, None, None, :]
+
+
 def default_hidden(dim: int, kind: str) -> int:
     """Width of a feed-forward layer of about `8 dim^2` weights: SwiGLU has three maps, not two."""
     return -(-8 * dim // 3 // 16) * 16 if kind == "swiglu" else 4 * dim
@@ -164,57 +214,3 @@ def initialise(model: nn.Module, branches: int = 1) -> None:
             module.output.weight *= branches**-0.5
         elif isinstance(module, FeedForward):
             module.down.weight *= branches**-0.5
-
-
-# --- What a caller can get wrong.
-
-
-def require_counts(model: str, **counts: int | None) -> None:
-    """Refuse a size that is not a positive integer; None stands for a default."""
-    for name, count in counts.items():
-        if count is not None and (not isinstance(count, int) or isinstance(count, bool)):
-            raise TypeError(f"{model}: {name} must be an int, got {count!r}")
-        if count is not None and count < 1:
-            raise ValueError(f"{model}: {name} must be at least 1, got {count}")
-
-
-def require_multiple(model: str, **pair: int) -> None:
-    """Refuse two sizes, given by name, of which the second does not divide the first."""
-    (name, whole), (part_name, part) = pair.items()
-    if whole % part:
-        raise ValueError(
-            f"{model}: {name} must be a multiple of {part_name}, got {whole} and {part}"
-        )
-
-
-def require_known(model: str, name: str, value: str, known: tuple[str, ...]) -> None:
-    """Refuse a name that is not in `known`."""
-    if value not in known:
-        raise ValueError(f"{model}: {name} must be one of {', '.join(known)}, got {value!r}")
-
-
-def require_fraction(model: str, name: str, value: float) -> None:
-    """Refuse a probability outside [0, 1)."""
-    if not 0 <= value < 1:
-        raise ValueError(f"{model}: {name} must be at least 0 and below 1, got {value}")
-
-
-def require_tokens(model: str, name: str, tokens: Tensor, context: int) -> None:
-    """Refuse what is not a batch of token ids, at most `context` of them in a row."""
-    if tokens.dtype != torch.int64:
-        raise TypeError(f"{model}: {name} must be torch.int64, got {tokens.dtype}")
-    if tokens.ndim != 2:
-        raise ValueError(f"{model}: {name} must be [batch, seq], got {list(tokens.shape)}")
-    if tokens.shape[1] > context:
-        raise ValueError(
-            f"{model}: {name} must have at most {context} positions, got {tokens.shape[1]}"
-        )
-
-
-def require_same_shape(model: str, name: str, value: Tensor, tokens: Tensor) -> None:
-    """Refuse what does not have one entry a token."""
-    if value.shape != tokens.shape:
-        raise ValueError(
-            f"{model}: {name} must have the shape of the tokens, {list(tokens.shape)}, "
-            f"got {list(value.shape)}"
-        )

@@ -19,7 +19,10 @@ from tilewise.models.blocks import (
     KVCache,
     default_hidden,
     initialise,
+    make_caches,
     make_norm,
+)
+from tilewise.models.refusals import (
     require_counts,
     require_fraction,
     require_known,
@@ -174,7 +177,7 @@ class Decoder(nn.Module):
         return x
 
     def make_cache(self, batch: int, capacity: int | None = None) -> list[KVCache]:
-        """Take the memory for the keys and values of `batch` sequences.
+        """Take the room for the keys and values of `batch` sequences.
 
         Args:
             batch: How many sequences.
@@ -185,8 +188,8 @@ class Decoder(nn.Module):
         """
         config, weight = self.config, self.embedding.weight
         kv_heads, head_dim = config.kv_heads or config.heads, config.dim // config.heads
-        shape = (batch, kv_heads, capacity or config.context, head_dim)
-        return [KVCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.blocks]
+        capacity = config.context if capacity is None else capacity
+        return make_caches(weight, config.layers, batch, kv_heads, capacity, head_dim)
 
 
 class DecoderBlock(nn.Module):

@@ -1,12 +1,14 @@
-"""Text from a decoder, a token at a time."""
+"""Sequences from a model, a token at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tilewise
 from tilewise.models.decoder import Decoder
+from tilewise.models.encoder_decoder import EncoderDecoder
 
 
 def generate(
@@ -22,8 +24,8 @@ def generate(
 ) -> Iterator[Tensor]:
     """Continue a batch of prompts, yielding the next token of each as soon as it is drawn.
 
-    The model is in evaluation mode until the iterator ends. It ends after `max_tokens`, when every
-    sequence has met `stop_token`, or when the context is full.
+    The model is in evaluation mode until the iterator ends: after `max_tokens`, when every sequence
+    has met `stop_token`, or when the context is full.
 
     Args:
         model: A decoder.
@@ -40,48 +42,106 @@ def generate(
 
     Raises:
         TypeError: If the prompt is not int64.
-        ValueError: If the prompt is not `[batch, seq]`, empty, or longer than the context, or an
-            option is out of range.
+        ValueError: If the prompt is not `[batch, seq]`, is empty or longer than the context, or
+            `max_tokens` is negative; at the first token if an option of `sample` is out of range.
     """
-    if prompt_tokens.dtype != torch.int64:
-        raise TypeError(f"generate: prompt must be torch.int64, got {prompt_tokens.dtype}")
-    if prompt_tokens.ndim != 2 or not prompt_tokens.shape[1]:
+    count = _count("generate", "prompt_tokens", prompt_tokens, model.config.context, max_tokens)
+
+    def start() -> Callable[[Tensor], Tensor]:
+        cache = model.make_cache(prompt_tokens.shape[0], prompt_tokens.shape[1] + count)
+        return lambda tokens: model.features(tokens, cache=cache)
+
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": _seed(seed)}
+    return _stream(model, start, model.head, prompt_tokens, count, stop_token, options)
+
+
+def translate(
+    model: EncoderDecoder,
+    source: Tensor,
+    start_tokens: Tensor,
+    *,
+    max_tokens: int,
+    source_mask: Tensor | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop_token: int | None = None,
+) -> Iterator[Tensor]:
+    """Write the targets of a batch of sources, yielding the next token of each as it is drawn.
+
+    Args:
+        model: An encoder and decoder.
+        source: `[batch, source_seq]`, int64.
+        start_tokens: `[batch, seq]`, int64: how each target begins, such as a start token each.
+        max_tokens: As in `generate`.
+        source_mask: `[batch, source_seq]`, bool, False where there is only padding.
+        temperature: As in `generate`, but by default the likeliest token is taken.
+        top_k: As in `generate`.
+        top_p: As in `generate`.
+        seed: As in `generate`.
+        stop_token: As in `generate`.
+
+    Returns:
+        An iterator of tokens, `[batch]`, int64.
+
+    Raises:
+        TypeError, ValueError: As `generate`, and at the first token as `EncoderDecoder.encode`.
+    """
+    context = model.config.context
+    count = _count("translate", "start_tokens", start_tokens, context, max_tokens)
+
+    def start() -> Callable[[Tensor], Tensor]:
+        memory = model.encode(source, source_mask)
+        cache = model.make_cache(memory, start_tokens.shape[1] + count)
+        return lambda tokens: model.decode(tokens, memory, source_mask=source_mask, cache=cache)
+
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": _seed(seed)}
+    return _stream(model, start, model.head, start_tokens, count, stop_token, options)
+
+
+def _count(function: str, name: str, tokens: Tensor, context: int, max_tokens: int) -> int:
+    """How many tokens there is room for after `tokens`; the last one need not be read."""
+    if tokens.dtype != torch.int64:
+        raise TypeError(f"{function}: {name} must be torch.int64, got {tokens.dtype}")
+    if tokens.ndim != 2 or not tokens.shape[1]:
         raise ValueError(
-            "generate: prompt must be [batch, seq] with at least one token, "
-            f"got {list(prompt_tokens.shape)}"
+            f"{function}: {name} must be [batch, seq] with at least one token, "
+            f"got {list(tokens.shape)}"
         )
-    context, length = model.config.context, prompt_tokens.shape[1]
-    if length > context:
+    if tokens.shape[1] > context:
         raise ValueError(
-            f"generate: prompt must have at most {context} tokens, the context of the model, "
-            f"got {length}"
+            f"{function}: {name} must have at most {context} positions, the context of the model, "
+            f"got {tokens.shape[1]}"
         )
     if max_tokens < 0:
-        raise ValueError(f"generate: max_tokens must be at least 0, got {max_tokens}")
-    if seed is None:
-        seed = int(torch.randint(2**63 - 1, ()))
-    count = min(max_tokens, context - length + 1)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    return _stream(model, prompt_tokens, count, options, stop_token)
+        raise ValueError(f"{function}: max_tokens must be at least 0, got {max_tokens}")
+    return min(max_tokens, context - tokens.shape[1] + 1)
+
+
+def _seed(seed: int | None) -> int:
+    return int(torch.randint(2**63 - 1, ())) if seed is None else seed
 
 
 @torch.no_grad()
 def _stream(
-    model: Decoder,
+    model: nn.Module,
+    start: Callable[[], Callable[[Tensor], Tensor]],
+    head: nn.Module,
     tokens: Tensor,
     count: int,
-    options: dict[str, float | int | None],
     stop_token: int | None,
+    options: dict[str, Any],
 ) -> Iterator[Tensor]:
-    """Feed the prompt, then each token drawn; the drawing of step n depends on the seed and n."""
+    """Read what there is, then each token drawn; what step n draws depends on the seed and n."""
     training = model.training
     model.eval()
     try:
-        cache = model.make_cache(tokens.shape[0], tokens.shape[1] + count)
+        read = start()
         over = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         for step in range(count):
-            logits = model.head(model.features(tokens, cache=cache)[:, -1])
-            drawn = tilewise.sample(logits, **options, offset=step)  # type: ignore[attr-defined]
+            logits = head(read(tokens)[:, -1])
+            drawn: Tensor = tilewise.sample(logits, **options, offset=step)  # type: ignore[attr-defined]
             if stop_token is not None:
                 drawn = drawn.masked_fill(over, stop_token)
                 over |= drawn == stop_token
