@@ -1,0 +1,188 @@
+"""The reference transformers against their naive twins, with and without a cache."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from twins import NAMES, NaiveBert, NaiveDecoder, NaiveTransformer, weights_of
+from yardsticks import nudged, worst
+
+from tilewise.check import compare
+from tilewise.models import (
+    Classifier,
+    Decoder,
+    DecoderConfig,
+    Encoder,
+    EncoderConfig,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    MaskedLanguageModel,
+)
+
+VOCAB, BATCH, SEQ = 37, 3, 20
+
+
+def tokens_of(seed, *shape, high=VOCAB):
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def kept_of(*lengths, seq):
+    """A padding mask, as True where there is a token."""
+    return torch.arange(seq) < torch.tensor(lengths)[:, None]
+
+
+def twins(model, naive, *names):
+    """Give the model weights that are nowhere 0 or 1, and its twin the same.
+
+    Returns:
+        Which weights of a twin are which of the model, and the twins: in fp64, the truth; in fp32,
+        and again in fp32 with weights a rounding away, the yardsticks.
+    """
+    table = {ours: theirs for name in names for ours, theirs in NAMES[name].items()}
+    parts = {n: weights_of(n, naive, table) for n, _ in model.named_parameters()}
+    used = {id(part) for group in parts.values() for part in group}
+    assert used == {id(p) for p in naive.parameters()}, "a weight of the twin is not accounted for"
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight += 0.1 * torch.randn_like(weight)
+            for part, own in zip(parts[name], weight.chunk(len(parts[name])), strict=True):
+                part.copy_(own)
+    exact = copy.deepcopy(naive).double()
+    return table, exact, naive, *(nudged_copy(naive) for _ in range(4))
+
+
+def nudged_copy(naive):
+    other = copy.deepcopy(naive)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.copy_(nudged(weight))
+    return other
+
+
+def assert_right(model, twin, run_model, run_twin):
+    """Hold outputs, and the gradient of their last, a loss, to the rule of tilewise.check."""
+    table, *naives = twin
+    outputs = [run_model(), *map(run_twin, naives)]
+    for group in outputs:
+        group[-1].backward()
+    rows = {f"out{i}": list(group) for i, group in enumerate(zip(*outputs, strict=True))}
+    for name, weight in model.named_parameters():
+        parts = [weights_of(name, naive, table) for naive in naives]
+        grads = [weight.grad, *(torch.cat([p.grad for p in group]) for group in parts)]
+        if name.endswith("key.bias"):  # moves all scores of a query alike: 0, but for rounding
+            name = name.replace("bias", "weight")
+            grads = [torch.cat([w, b[:, None]], 1) for w, b in zip(rows[name], grads, strict=True)]
+        rows[name] = grads
+    failed = []
+    for name, (ours, truth, *theirs) in rows.items():
+        truth = truth.detach()
+        error, allowed = compare(ours.detach(), worst(truth, theirs), truth)
+        if error > allowed:
+            failed.append(f"{name}: error {error:.2e} > {allowed:.2e}")
+    assert not failed, "\n".join(failed)
+
+
+def decoder(**options):
+    size = {"vocab_size": VOCAB, "context": 24, "dim": 32, "layers": 2, "heads": 4}
+    return Decoder(DecoderConfig(**size | options))
+
+
+LLAMA = {}
+GPT = {"positions": "learned", "norm": "layer_norm", "feed_forward": "gelu", "bias": True}
+DECODERS = {
+    "llama": LLAMA,
+    "llama, grouped heads, own head": {"kv_heads": 2, "tied": False},
+    "llama, one kv head, another base": {"kv_heads": 1, "rotary_base": 100.0, "hidden": 40},
+    "llama with biases": {"bias": True, "norm": "layer_norm"},
+    "gpt": GPT,
+    "gpt, own head, no biases": GPT | {"tied": False, "bias": False},
+    "learned positions, grouped heads": {"positions": "learned", "kv_heads": 2},
+    "rotary, gelu": {"feed_forward": "gelu", "norm": "layer_norm"},
+    "relu, one layer": {"feed_forward": "relu", "layers": 1, "positions": "learned"},
+}
+
+
+@pytest.mark.parametrize("options", DECODERS.values(), ids=DECODERS)
+def test_decoder_is_its_twin(options):
+    torch.manual_seed(0)
+    model = decoder(**options)
+    hidden = model.blocks[0].feed_forward.up.out_features
+    twin = twins(model, NaiveDecoder(model.config, hidden), "decoder")
+    tokens, targets = tokens_of(1, BATCH, SEQ), tokens_of(2, BATCH, SEQ)
+    targets[0, :5] = -100
+
+    def run(naive):
+        logits = naive(tokens)
+        return logits, cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    assert_right(model, twin, lambda: (model(tokens), model.loss(tokens, targets)), run)
+
+
+@pytest.mark.parametrize("segmented", [False, True], ids=["one segment", "two segments"])
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("head", ["words", "sorts"])
+def test_encoder_is_its_twin(head, padded, segmented):
+    torch.manual_seed(0)
+    config = EncoderConfig(VOCAB, context=24, dim=32, layers=2, heads=4, dropout=0.0)
+    encoder = Encoder(config)
+    model = MaskedLanguageModel(encoder) if head == "words" else Classifier(encoder, 5)
+    naive = NaiveBert(config, 5)
+    for unused in ("pooler", "classes") if head == "words" else ("before_words", "words_norm"):
+        delattr(naive, unused)
+    if head == "sorts":
+        del naive.words_bias
+    twin = twins(model, naive, "encoder", head)
+    tokens = tokens_of(1, BATCH, SEQ)
+    kept = kept_of(20, 13, 7, seq=SEQ) if padded else torch.ones(BATCH, SEQ, dtype=torch.bool)
+    segments = tokens_of(3, BATCH, SEQ, high=2) if segmented else torch.zeros_like(tokens)
+    targets = tokens_of(2, BATCH, SEQ).masked_fill(~kept, -100)
+    targets = targets if head == "words" else tokens_of(2, BATCH, high=5)
+
+    def run(naive):
+        logits = getattr(naive, head)(tokens, segments, kept)
+        flat = logits.flatten(0, 1) if head == "words" else logits
+        return logits, cross_entropy(flat, targets.flatten())
+
+    options = {"mask": kept if padded else None, "segments": segments if segmented else None}
+    assert_right(
+        model, twin, lambda: (model(tokens, **options), model.loss(tokens, targets, **options)), run
+    )
+
+
+TRANSFORMERS = {
+    "shared": {},
+    "of two vocabularies": {"shared": False, "source_vocab_size": 29},
+    "three layers, one head": {"layers": 3, "heads": 1, "hidden": 50, "shared": False},
+}
+
+
+def encoder_decoder(**options):
+    size = {"vocab_size": VOCAB, "context": 24, "dim": 32, "layers": 2, "heads": 4, "dropout": 0.0}
+    return EncoderDecoder(EncoderDecoderConfig(**size | options))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("options", TRANSFORMERS.values(), ids=TRANSFORMERS)
+def test_encoder_decoder_is_its_twin(options, padded):
+    torch.manual_seed(0)
+    model = encoder_decoder(**options)
+    names = ["encoder_decoder", "shared"] if model.config.shared else ["encoder_decoder"]
+    twin = twins(model, NaiveTransformer(model.config), *names)
+    source, tokens = tokens_of(1, BATCH, 17, high=29), tokens_of(2, BATCH, SEQ)
+    masks = kept_of(17, 9, 4, seq=17), kept_of(20, 11, 1, seq=SEQ)
+    if not padded:
+        masks = torch.ones_like(masks[0]), torch.ones_like(masks[1])
+    targets = tokens_of(3, BATCH, SEQ).masked_fill(~masks[1], -100)
+
+    def run(naive):
+        logits = naive(source, tokens, *masks)
+        return logits, cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    given = dict(zip(("source_mask", "mask"), masks, strict=True)) if padded else {}
+    assert_right(
+        model,
+        twin,
+        lambda: (model(source, tokens, **given), model.loss(source, tokens, targets, **given)),
+        run,
+    )
