@@ -23,12 +23,13 @@ from tilewise.models.blocks import (
     make_norm,
 )
 from tilewise.models.refusals import (
+    require_continuation,
     require_counts,
     require_fraction,
     require_known,
     require_multiple,
+    require_positive,
     require_same_shape,
-    require_tokens,
 )
 from tilewise.ops.cross_entropy import cross_entropy
 
@@ -90,6 +91,8 @@ class DecoderConfig:
         require_known("decoder", "feed_forward", self.feed_forward, FEED_FORWARDS)
         require_known("decoder", "positions", self.positions, POSITIONS)
         require_fraction("decoder", "dropout", self.dropout)
+        require_positive("decoder", "eps", self.eps)
+        require_positive("decoder", "rotary_base", self.rotary_base)
         if self.positions == "rotary" and self.dim // self.heads % 2:
             raise ValueError(
                 "decoder: dim / heads must be even for rotary positions, "
@@ -163,10 +166,9 @@ class Decoder(nn.Module):
 
     def features(self, tokens: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
         """What the head reads: `[batch, seq, dim]`. The arguments are those of `forward`."""
-        offset, room = 0, self.config.context
-        if cache:
-            offset, room = cache[0].length, min(room, cache[0].keys.shape[2])
-        require_tokens("decoder", "tokens", tokens, room - offset)
+        first = cache[0] if cache else None
+        require_continuation("decoder", tokens, self.config.context, first)
+        offset = first.length if first else 0
         x: Tensor = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions.weight[offset : offset + tokens.shape[1]]

@@ -17,6 +17,7 @@ from tilewise.models.refusals import (
     require_fraction,
     require_mask,
     require_multiple,
+    require_positive,
     require_same_shape,
     require_tokens,
 )
@@ -62,6 +63,7 @@ class EncoderConfig:
         )
         require_multiple("encoder", dim=self.dim, heads=self.heads)
         require_fraction("encoder", "dropout", self.dropout)
+        require_positive("encoder", "eps", self.eps)
 
 
 class Encoder(nn.Module):

@@ -18,10 +18,13 @@ from tilewise.models.blocks import (
     padding_mask,
 )
 from tilewise.models.refusals import (
+    require_batch,
+    require_continuation,
     require_counts,
     require_fraction,
     require_mask,
     require_multiple,
+    require_positive,
     require_same_shape,
     require_tokens,
 )
@@ -72,6 +75,7 @@ class EncoderDecoderConfig:
         )
         require_multiple("encoder_decoder", dim=self.dim, heads=self.heads)
         require_fraction("encoder_decoder", "dropout", self.dropout)
+        require_positive("encoder_decoder", "eps", self.eps)
         if self.dim % 2:
             raise ValueError(f"encoder_decoder: dim must be even, got {self.dim}")
         if self.shared and self.source_vocab_size not in (None, self.vocab_size):
@@ -201,13 +205,11 @@ class EncoderDecoder(nn.Module):
             mask: As in `forward`; not with a cache.
             cache: From `make_cache`: the tokens continue those it has seen, and are added to it.
         """
-        offset, room = 0, self.config.context
-        if cache:
-            past, _ = cache[0]
-            offset, room = past.length, min(room, past.keys.shape[2])
-        require_tokens("encoder_decoder", "tokens", tokens, room - offset)
+        past = cache[0][0] if cache else None
+        require_continuation("encoder_decoder", tokens, self.config.context, past)
+        require_batch("encoder_decoder", tokens, "source", memory)
         require_mask("encoder_decoder", "mask", mask, tokens)
-        x = self._embed(self.target_embedding, tokens, offset)
+        x = self._embed(self.target_embedding, tokens, past.length if past else 0)
         for i, block in enumerate(self.decoder):
             layer_cache = cache[i] if cache else None
             x = block(x, memory, padding_mask(mask), padding_mask(source_mask), layer_cache)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from tilewise.models.blocks import KVCache
+
 
 def require_counts(model: str, **counts: int | None) -> None:
     """Refuse a size that is not a positive integer; None stands for a default."""
@@ -30,10 +32,21 @@ def require_known(model: str, name: str, value: str, known: tuple[str, ...]) -> 
 
 def require_fraction(model: str, name: str, value: float) -> None:
     """Refuse a probability outside [0, 1)."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{model}: {name} must be a float, got {value!r}")
+    _require_float(model, name, value)
     if not 0 <= value < 1:
         raise ValueError(f"{model}: {name} must be at least 0 and below 1, got {value}")
+
+
+def require_positive(model: str, name: str, value: float) -> None:
+    """Refuse a number that is not above 0."""
+    _require_float(model, name, value)
+    if not value > 0:
+        raise ValueError(f"{model}: {name} must be positive, got {value}")
+
+
+def _require_float(model: str, name: str, value: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{model}: {name} must be a float, got {value!r}")
 
 
 def require_tokens(model: str, name: str, tokens: Tensor, context: int) -> None:
@@ -45,6 +58,25 @@ def require_tokens(model: str, name: str, tokens: Tensor, context: int) -> None:
     if tokens.shape[1] > context:
         raise ValueError(
             f"{model}: {name} must have at most {context} positions, got {tokens.shape[1]}"
+        )
+
+
+def require_continuation(model: str, tokens: Tensor, context: int, cache: KVCache | None) -> None:
+    """Refuse tokens that do not fit into the context behind those that the cache has seen."""
+    if cache is None:
+        require_tokens(model, "tokens", tokens, context)
+        return
+    capacity = min(context, cache.keys.shape[2])
+    require_tokens(model, "tokens", tokens, capacity - cache.length)
+    require_batch(model, tokens, "cache", cache.keys)
+
+
+def require_batch(model: str, tokens: Tensor, name: str, other: Tensor) -> None:
+    """Refuse tokens in another number of sequences than what they belong to."""
+    if tokens.shape[0] != other.shape[0]:
+        raise ValueError(
+            f"{model}: tokens must have the batch of the {name}, {other.shape[0]}, "
+            f"got {tokens.shape[0]}"
         )
 
 
