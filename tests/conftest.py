@@ -1,7 +1,9 @@
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
+from cases import DEVICE
 
 from tilewise.op import INTERPRETED
 
@@ -26,3 +28,10 @@ def poisoned_memory() -> Iterator[None]:
 def fresh_compiler() -> None:
     """Forget compiled graphs, so that one test's sizes do not exhaust the next one's limit."""
     torch.compiler.reset()
+
+
+@pytest.fixture
+def on_the_device() -> Iterator[None]:
+    """Make tensors on the GPU, where there is one, unless told otherwise."""
+    with torch.device(DEVICE) if DEVICE != "cpu" else nullcontext():
+        yield

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from test_models import DECODERS, decoder, encoder_decoder, kept_of, tokens_of
-from yardsticks import nudged, worst
+from yardsticks import assert_right, nudged_copy
 
-from tilewise.check import compare
 from tilewise.models import generate, translate
+
+pytestmark = pytest.mark.usefixtures("on_the_device")
 
 GREEDY = {"temperature": 0.0}
 
@@ -22,20 +23,11 @@ def perturbed(model):
     return model.eval()
 
 
+@torch.no_grad()
 def assert_same_logits(model, ours, whole):
     """`whole(model)` in fp64 is the truth, and in fp32 the yardstick."""
-
-    def nudged_run():
-        other = copy.deepcopy(model)
-        for weight in other.parameters():
-            weight.copy_(nudged(weight))
-        return whole(other)
-
-    with torch.no_grad():
-        truth = whole(copy.deepcopy(model).double())
-        yardstick = worst(truth, [whole(model), *(nudged_run() for _ in range(4))])
-    error, allowed = compare(ours, yardstick, truth)
-    assert error <= allowed
+    models = [copy.deepcopy(model).double(), model, *(nudged_copy(model) for _ in range(4))]
+    assert_right({"logits": [ours, *map(whole, models)]})
 
 
 @torch.no_grad()

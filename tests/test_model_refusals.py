@@ -15,6 +15,8 @@ from tilewise.models import (
     MaskedLanguageModel,
 )
 
+pytestmark = pytest.mark.usefixtures("on_the_device")
+
 CONFIGS = [
     (DecoderConfig, {"vocab_size": 0}, ValueError, "decoder: vocab_size must be at least 1, got 0"),
     (DecoderConfig, {"layers": 1.5}, TypeError, "decoder: layers must be an int, got 1.5"),

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from cases import DEVICE
 from torch.nn.functional import cross_entropy
 from twins import NAMES, NaiveBert, NaiveDecoder, NaiveTransformer, weights_of
-from yardsticks import nudged, worst
+from yardsticks import assert_right, by_matrix, nudged_copy
 
-from tilewise.check import compare
 from tilewise.models import (
     Classifier,
     Decoder,
@@ -20,16 +20,19 @@ from tilewise.models import (
     MaskedLanguageModel,
 )
 
+pytestmark = pytest.mark.usefixtures("on_the_device")
+
 VOCAB, BATCH, SEQ = 37, 3, 20
 
 
 def tokens_of(seed, *shape, high=VOCAB):
-    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(high, shape, generator=generator, device="cpu").to(DEVICE)
 
 
 def kept_of(*lengths, seq):
     """A padding mask, as True where there is a token."""
-    return torch.arange(seq) < torch.tensor(lengths)[:, None]
+    return torch.arange(seq, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
 
 
 def twins(model, naive, *names):
@@ -52,35 +55,19 @@ def twins(model, naive, *names):
     return table, exact, naive, *(nudged_copy(naive) for _ in range(4))
 
 
-def nudged_copy(naive):
-    other = copy.deepcopy(naive)
-    with torch.no_grad():
-        for weight in other.parameters():
-            weight.copy_(nudged(weight))
-    return other
-
-
-def assert_right(model, twin, run_model, run_twin):
-    """Hold outputs, and the gradient of their last, a loss, to the rule of tilewise.check."""
+def hold(model, twin, run_model, run_twin):
+    """Hold outputs, and the gradients of their last, a loss, to the rule of tilewise.check."""
     table, *naives = twin
     outputs = [run_model(), *map(run_twin, naives)]
     for group in outputs:
         group[-1].backward()
-    rows = {f"out{i}": list(group) for i, group in enumerate(zip(*outputs, strict=True))}
-    for name, weight in model.named_parameters():
-        parts = [weights_of(name, naive, table) for naive in naives]
-        grads = [weight.grad, *(torch.cat([p.grad for p in group]) for group in parts)]
-        if name.endswith("key.bias"):  # moves all scores of a query alike: 0, but for rounding
-            name = name.replace("bias", "weight")
-            grads = [torch.cat([w, b[:, None]], 1) for w, b in zip(rows[name], grads, strict=True)]
-        rows[name] = grads
-    failed = []
-    for name, (ours, truth, *theirs) in rows.items():
-        truth = truth.detach()
-        error, allowed = compare(ours.detach(), worst(truth, theirs), truth)
-        if error > allowed:
-            failed.append(f"{name}: error {error:.2e} > {allowed:.2e}")
-    assert not failed, "\n".join(failed)
+    rows = {f"out{i}": group for i, group in enumerate(zip(*outputs, strict=True))}
+    names = [name for name, _ in model.named_parameters()]
+    grads = [by_matrix({name: weight.grad for name, weight in model.named_parameters()})]
+    for naive in naives:
+        parts = {name: weights_of(name, naive, table) for name in names}
+        grads.append(by_matrix({n: torch.cat([p.grad for p in ps]) for n, ps in parts.items()}))
+    assert_right(rows | {name: [group[name] for group in grads] for name in grads[0]})
 
 
 def decoder(**options):
@@ -116,7 +103,7 @@ def test_decoder_is_its_twin(options):
         logits = naive(tokens)
         return logits, cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    assert_right(model, twin, lambda: (model(tokens), model.loss(tokens, targets)), run)
+    hold(model, twin, lambda: (model(tokens), model.loss(tokens, targets)), run)
 
 
 @pytest.mark.parametrize("segmented", [False, True], ids=["one segment", "two segments"])
@@ -145,7 +132,7 @@ def test_encoder_is_its_twin(head, padded, segmented):
         return logits, cross_entropy(flat, targets.flatten())
 
     options = {"mask": kept if padded else None, "segments": segments if segmented else None}
-    assert_right(
+    hold(
         model, twin, lambda: (model(tokens, **options), model.loss(tokens, targets, **options)), run
     )
 
@@ -180,7 +167,7 @@ def test_encoder_decoder_is_its_twin(options, padded):
         return logits, cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     given = dict(zip(("source_mask", "mask"), masks, strict=True)) if padded else {}
-    assert_right(
+    hold(
         model,
         twin,
         lambda: (model(source, tokens, **given), model.loss(source, tokens, targets, **given)),

@@ -1,6 +1,10 @@
-"""Fair yardsticks for what is more than one op."""
+"""The rule of `tilewise.check` for what is more than one op, with fair yardsticks."""
+
+import copy
 
 import torch
+
+from tilewise.check import compare
 
 
 def nudged(x):
@@ -15,8 +19,41 @@ def nudged(x):
     return torch.where(way == 0, x, moved)
 
 
+def nudged_copy(model):
+    """The same model with weights a rounding away."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.copy_(nudged(weight))
+    return other
+
+
 def worst(truth, runs):
     """Of several runs, each element that is farthest from the truth."""
     stack = torch.stack([run.detach() for run in runs])
     farthest = (stack - truth).abs().argmax(0, keepdim=True)
     return stack.gather(0, farthest)[0]
+
+
+def assert_right(rows):
+    """Hold each of `rows`, by name (ours, the truth, runs of the yardstick), to the rule."""
+    failed = []
+    for name, (ours, truth, *runs) in rows.items():
+        truth = truth.detach()
+        error, allowed = compare(ours.detach(), worst(truth, runs), truth)
+        if error > allowed:
+            failed.append(f"{name}: error {error:.2e} > {allowed:.2e}")
+    assert not failed, "\n".join(failed)
+
+
+def by_matrix(grads):
+    """Gradients by the name of the weight, those of the keys' biases beside their matrices.
+
+    A bias of the keys moves all scores of a query alike, so that its gradient is 0 but for rounding
+    (without rotary positions): it is judged as one more column of its matrix.
+    """
+    grads = dict(grads)
+    for name in [name for name in grads if name.endswith("key.bias")]:
+        matrix, bias = name.replace("bias", "weight"), grads.pop(name)
+        grads[matrix] = torch.cat([grads[matrix], bias[:, None]], 1)
+    return grads
