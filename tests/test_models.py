@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from twins import NAMES, NaiveBert, NaiveDecoder, NaiveTransformer, weights_of
 from yardsticks import assert_right, by_matrix, nudged_copy
 
+import tilewise
 from tilewise.models import (
     Classifier,
     Decoder,
@@ -173,3 +174,28 @@ def test_encoder_decoder_is_its_twin(options, padded):
         lambda: (model(source, tokens, **given), model.loss(source, tokens, targets, **given)),
         run,
     )
+
+
+@pytest.mark.parametrize("way", ["bfloat16", "half", "autocast"])
+@pytest.mark.parametrize("options", [LLAMA | {"kv_heads": 2}, GPT], ids=["llama", "gpt"])
+def test_decoder_in_lower_precision(options, way):
+    """The yardstick is the same model on the references: that it is wired right is shown above."""
+    torch.manual_seed(0)
+    model, tokens = decoder(**options), tokens_of(1, BATCH, SEQ)
+    model = model if way == "autocast" else getattr(model, way)()
+
+    def run(model, *names, autocast=way == "autocast"):
+        lower = torch.autocast(DEVICE, torch.bfloat16, enabled=autocast)
+        with tilewise.backend(*names), lower:
+            logits = model(tokens)
+            loss = cross_entropy(logits.double().flatten(0, 1), tokens.flatten())
+        loss.backward()
+        grads = {name: weight.grad for name, weight in model.named_parameters()}
+        return {"logits": logits} | by_matrix(grads)
+
+    exact = copy.deepcopy(model).double()
+    plain = [copy.deepcopy(model), *(nudged_copy(model) for _ in range(4))]
+    runs = [run(model), run(exact, "reference", autocast=False)]
+    runs += [run(each, "reference") for each in plain]
+    assert runs[0]["logits"].dtype == (torch.float16 if way == "half" else torch.bfloat16)
+    assert_right({name: [group[name] for group in runs] for name in runs[0]})

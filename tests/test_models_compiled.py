@@ -67,14 +67,12 @@ def test_loss_in_one_graph():
         assert any(name.startswith(f"tilewise.{op}_") for name in graphs[0]), op
 
 
-@pytest.mark.parametrize("name", ["llama", "2017"])
-def test_compiled_by_inductor(name):
+def test_a_decoder_compiled_by_inductor():
     torch.manual_seed(0)
-    build, sequences, _ = MODELS[name]
-    model, inputs = build(), [tokens()] * sequences
+    model = decoder(kv_heads=2)
 
     def run(model):
-        out = model(*inputs)
+        out = model(tokens())
         out.square().sum().backward()
         grads = {name: weight.grad for name, weight in model.named_parameters()}
         return {"out": out} | by_matrix(grads)

@@ -141,7 +141,7 @@ def _stream(
         over = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         for step in range(count):
             logits = head(read(tokens)[:, -1])
-            drawn: Tensor = tilewise.sample(logits, **options, offset=step)  # type: ignore[attr-defined]
+            drawn: Tensor = tilewise.sample(logits, **options, offset=step)  # type: ignore[attr-defined,unused-ignore]
             if stop_token is not None:
                 drawn = drawn.masked_fill(over, stop_token)
                 over |= drawn == stop_token
