@@ -208,5 +208,5 @@ def test_rotary_tables_are_not_saved_and_stay_exact():
 
 
 def test_rotary_refuses_an_odd_dim():
-    with pytest.raises(ValueError, match="rotary: dim must be even, got 7"):
+    with pytest.raises(ValueError, match="^rotary_tables: dim must be even and at least 2, got 7$"):
         tilewise.nn.Rotary(7, 50)

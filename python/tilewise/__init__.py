@@ -1,6 +1,6 @@
 """Tilewise: fused transformer kernels for PyTorch, with one public function per op."""
 
-from tilewise import functional
+from tilewise import functional, nn
 from tilewise.allocator import tune_allocator
 from tilewise.choice import backend, explain
 from tilewise.op import OPS
@@ -27,6 +27,7 @@ __all__ = [
     "glu",
     "layer_norm",
     "log_softmax",
+    "nn",
     "rms_norm",
     "rotary",
     "rotary_tables",

@@ -28,8 +28,8 @@ from tilewise.models.refusals import (
     require_same_shape,
     require_tokens,
 )
-from tilewise.nn.rotary import rotary_tables
 from tilewise.ops.cross_entropy import cross_entropy
+from tilewise.ops.rotary import rotary_tables
 
 LayerCache = tuple[KVCache, KVCache]  # of the attention to the past, and of that to the source
 
@@ -275,5 +275,5 @@ class DecoderBlock(nn.Module):
 
 def sinusoids(positions: int, dim: int) -> Tensor:
     """Sines and cosines of `position * 10000^(-2 i / dim)`, in turns: `[positions, dim]`."""
-    cos, sin = rotary_tables(positions, dim)
-    return torch.stack([sin, cos], -1).flatten(1).to(torch.get_default_dtype())
+    cos, sin = rotary_tables(positions, dim, dtype=torch.get_default_dtype())
+    return torch.stack([sin, cos], -1).flatten(1)

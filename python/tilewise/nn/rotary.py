@@ -7,19 +7,7 @@ import torch
 from torch import Tensor
 
 from tilewise.op import wide_dtype
-from tilewise.ops.rotary import rotary
-
-
-def rotary_tables(positions: int, dim: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles `position * base^(-2 i / dim)`.
-
-    Returns:
-        cos, sin: `[positions, dim / 2]`, fp64, on the CPU.
-    """
-    pair = torch.arange(0, dim, 2, dtype=torch.float64, device="cpu")
-    position = torch.arange(positions, dtype=torch.float64, device="cpu")
-    angles = torch.outer(position, base ** (-pair / dim))
-    return angles.cos(), angles.sin()
+from tilewise.ops.rotary import rotary, rotary_tables
 
 
 class Rotary(torch.nn.Module):
@@ -42,8 +30,6 @@ class Rotary(torch.nn.Module):
         self, dim: int, positions: int, *, base: float = 10000.0, interleaved: bool = False
     ) -> None:
         super().__init__()
-        if dim % 2:
-            raise ValueError(f"rotary: dim must be even, got {dim}")
         self.dim, self.positions, self.base, self.interleaved = dim, positions, base, interleaved
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(0), persistent=False)
@@ -74,9 +60,9 @@ class Rotary(torch.nn.Module):
         return f"{self.dim}, positions={self.positions}, base={self.base}"
 
     def _make_tables(self) -> None:
-        dtype, device = wide_dtype(self.cos.dtype), self.cos.device
-        tables = rotary_tables(self.positions, self.dim, self.base)
-        self.cos, self.sin = (table.to(device, dtype) for table in tables)
+        self.cos, self.sin = rotary_tables(
+            self.positions, self.dim, self.base, self.cos.device, wide_dtype(self.cos.dtype)
+        )
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
         """What `.to()`, `.half()` and the like call: move, then make the tables anew."""
