@@ -160,7 +160,7 @@ def test_encoder_decoder_learns_to_reverse():
     every = [torch.nn.functional.pad(words(n), (0, length - n), value=BLANK) for n in (4, 5, 6)]
     every = torch.cat(every)[torch.randperm(sum(map(len, every)))]
     held_out, rest = split(every)
-    train(model, loss, rest, steps=240)
+    train(model, loss, rest, steps=320)
     start = torch.full((HELD_OUT, 1), MARK)
     options = {"source_mask": held_out != BLANK, "max_tokens": length + 1, "stop_token": MARK}
     said = torch.stack(list(translate(model, held_out, start, **options)), 1)

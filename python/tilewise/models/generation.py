@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import tilewise
 from tilewise.models.decoder import Decoder
 from tilewise.models.encoder_decoder import EncoderDecoder
+from tilewise.ops.sample import sample
 
 
 def generate(
@@ -141,7 +141,7 @@ def _stream(
         over = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         for step in range(count):
             logits = head(read(tokens)[:, -1])
-            drawn: Tensor = tilewise.sample(logits, **options, offset=step)  # type: ignore[attr-defined,unused-ignore]
+            drawn = sample(logits, **options, offset=step)
             if stop_token is not None:
                 drawn = drawn.masked_fill(over, stop_token)
                 over |= drawn == stop_token
