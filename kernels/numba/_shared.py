@@ -1,5 +1,6 @@
 """How rows are shared out among tasks, the same whatever the number of threads."""
 
+import torch
 from torch import Tensor
 
 # Rows are split into this many parts whatever the number of threads, so the bits never change;
@@ -18,3 +19,10 @@ def partial_sums(x: Tensor, parts: int, dtype) -> Tensor:
     """Zeros [parts, cols or more], each part on cache lines of its own."""
     per_line = CACHE_LINE // dtype.itemsize
     return x.new_zeros(parts, -(-x.shape[-1] // per_line) * per_line, dtype=dtype)
+
+
+def same_layout(x: Tensor, cols: int) -> Tensor:
+    """An empty [..., cols] whose other dims lie in memory in the order of those of `x`."""
+    order = sorted(range(x.ndim - 1), key=x.stride, reverse=True)
+    size = (*x.shape[:-1], cols)
+    return torch.empty_permuted(size, (*order, x.ndim - 1), dtype=x.dtype, device=x.device)

@@ -1,0 +1,175 @@
+"""The softmax of a tile of scores whose queries lie on the lanes and whose keys are its rows.
+
+Sums and maxima over the keys are then sums and maxima of whole vectors. `factor` takes a score to
+units of log 2, where a probability is a power of two; it does so in the one rounding of a fused
+multiplication, which would be two if the queries were scaled. It comes in two parts, both above 0:
+itself rounded down, and what that left out, by which all the scores would be wrong alike.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from tilewise.kernels.numba._matmul import (
+    call_vector,
+    constant,
+    load_vector,
+    splat,
+    store_vector,
+    vector_of,
+)
+from tilewise.kernels.numba._parallel import INT32
+from tilewise.kernels.numba._simd import DOUBLE
+
+# 2**f on [-1/2, 1/2], highest power first: interpolated at Chebyshev's points, off by 2.5e-09.
+_TERMS = (
+    0.000154614447248, 0.00134004281777, 0.00961805667843, 0.0555032722667, 0.240226509223,
+    0.693147206703, 1,
+)  # fmt: skip
+_LOWEST = -126.0
+
+
+def _emit_exp2(builder, x):
+    """2**x for x up to 127: 0 below -126 (fp64: libm's), NaN for NaN."""
+    vector = x.type
+    if vector.element == DOUBLE:
+        return call_vector(builder, "exp2", x)
+    bits = ir.VectorType(INT32, vector.count)
+    lowest = constant(vector, _LOWEST)
+    small = builder.fcmp_ordered("<", x, lowest)
+    clamped = builder.select(small, lowest, x)
+    n = call_vector(builder, "rint", clamped)
+    f = builder.fsub(clamped, n)
+    p = constant(vector, _TERMS[0])
+    for term in _TERMS[1:]:
+        p = call_vector(builder, "fma", p, f, constant(vector, term))
+    exponent = builder.shl(builder.fptosi(n, bits), ir.Constant(bits, [23] * vector.count))
+    y = builder.bitcast(builder.add(builder.bitcast(p, bits), exponent), vector)
+    y = builder.select(small, constant(vector, 0), y)
+    return builder.select(builder.fcmp_unordered("uno", x, x), x, y)
+
+
+def _emit_power(builder, x, factor, base):
+    """2**(factor x - base)."""
+    main, rest = factor
+    scaled = call_vector(builder, "fma", x, main, builder.fneg(base))
+    return _emit_exp2(builder, call_vector(builder, "fma", x, rest, scaled))
+
+
+def _emit_factor(builder, factor, vector):
+    return [splat(builder, part, vector) for part in cgutils.unpack_tuple(builder, factor, 2)]
+
+
+def _emit_larger(builder, x, y):
+    """The larger; y where x is NaN, which stays in the score and reaches the sum from there."""
+    return builder.select(builder.fcmp_ordered(">", x, y), x, y)
+
+
+def _accumulator(builder, value):
+    """A vector that LLVM keeps in a register through a loop."""
+    slot = cgutils.alloca_once(builder, value.type)
+    builder.store(value, slot)
+    return slot
+
+
+@intrinsic
+def softmax_columns(typing_context, scores, stride, keys, factor, highest, total, rescale):
+    """Turn the scores [keys, lanes] of one vector of queries into 2**(factor (score - highest)).
+
+    `highest` and `total` are brought up to date; what was summed before is to be multiplied by
+    `rescale`. A query that has seen no key yet has -inf, 0 and 0.
+    """
+
+    def emit(context, builder, signature, args):
+        scores, stride, keys, factor, highest_at, total_at, rescale_at = args
+        vector = vector_of(scores.type.pointee)
+        factor = _emit_factor(builder, factor, vector)
+        before = load_vector(builder, highest_at)
+        highest = _accumulator(builder, before)
+        with cgutils.for_range(builder, keys) as loop:
+            x = load_vector(builder, scores, builder.mul(loop.index, stride))
+            builder.store(_emit_larger(builder, x, builder.load(highest)), highest)
+
+        now = builder.load(highest)
+        none = builder.fcmp_ordered("==", now, constant(vector, float("-inf")))
+        base = builder.select(none, constant(vector, 0), now)
+        base = builder.fmul(base, factor[0])
+        scaled = _emit_power(builder, before, factor, base)
+        total = _accumulator(builder, builder.fmul(load_vector(builder, total_at), scaled))
+        with cgutils.for_range(builder, keys) as loop:
+            place = builder.mul(loop.index, stride)
+            x = load_vector(builder, scores, place)
+            p = _emit_power(builder, x, factor, base)
+            store_vector(builder, p, scores, place)
+            builder.store(builder.fadd(builder.load(total), p), total)
+
+        store_vector(builder, now, highest_at)
+        store_vector(builder, builder.load(total), total_at)
+        store_vector(builder, scaled, rescale_at)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(scores, i, i, factor, scores, scores, scores), emit
+
+
+@intrinsic
+def softmax_gradient(typing_context, scores, dp, stride, keys, factor, highest, part, delta):
+    """scores = p = part * 2**(factor score - highest) and dp = p * (dp - delta), for one vector."""
+
+    def emit(context, builder, signature, args):
+        scores, dp, stride, keys, factor, highest, part, delta = args
+        factor = _emit_factor(builder, factor, vector_of(scores.type.pointee))
+        base = load_vector(builder, highest)
+        part, delta = load_vector(builder, part), load_vector(builder, delta)
+        with cgutils.for_range(builder, keys) as loop:
+            place = builder.mul(loop.index, stride)
+            x = load_vector(builder, scores, place)
+            p = _emit_power(builder, x, factor, base)
+            p = builder.fmul(p, part)
+            store_vector(builder, p, scores, place)
+            ds = builder.fmul(p, builder.fsub(load_vector(builder, dp, place), delta))
+            store_vector(builder, ds, dp, place)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(scores, scores, i, i, factor, scores, scores, scores), emit
+
+
+@intrinsic
+def hide_later(typing_context, scores, stride, keys, limit):
+    """Set -inf where the row of the tile is not below the lane's `limit`, a whole number."""
+
+    def emit(context, builder, signature, args):
+        scores, stride, keys, limit = args
+        scalar = scores.type.pointee
+        limit, hidden = load_vector(builder, limit), constant(vector_of(scalar), float("-inf"))
+        row = _accumulator(builder, constant(vector_of(scalar), 0))
+        with cgutils.for_range(builder, keys) as loop:
+            place = builder.mul(loop.index, stride)
+            seen = builder.fcmp_ordered("<", builder.load(row), limit)
+            x = load_vector(builder, scores, place)
+            store_vector(builder, builder.select(seen, x, hidden), scores, place)
+            one = constant(vector_of(scalar), 1)
+            builder.store(builder.fadd(builder.load(row), one), row)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(scores, i, i, scores), emit
+
+
+@intrinsic
+def scale_columns(typing_context, sums, stride, rows, factor):
+    """sums[rows, lanes] *= factor[lanes], for one vector of queries."""
+
+    def emit(context, builder, signature, args):
+        sums, stride, rows, factor = args
+        factor = load_vector(builder, factor)
+        with cgutils.for_range(builder, rows) as loop:
+            place = builder.mul(loop.index, stride)
+            scaled = builder.fmul(load_vector(builder, sums, place), factor)
+            store_vector(builder, scaled, sums, place)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(sums, i, i, sums), emit
