@@ -1,6 +1,8 @@
 """What the row kernels share: how wide a block is, how many warps take it."""
 
+import torch
 import triton
+from torch import Tensor
 
 MAX_PARTS = 256  # not a function of the GPU, so that the bits of a weight's gradient are not either
 
@@ -14,3 +16,10 @@ def row_options(cols: int) -> dict[str, int]:
     """One program a row: the row in one block, 512 elements a warp."""
     block = triton.next_power_of_2(cols)
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+
+
+def same_layout(x: Tensor, cols: int) -> Tensor:
+    """An empty [..., cols] whose other dims lie in memory in the order of those of `x`."""
+    order = sorted(range(x.ndim - 1), key=x.stride, reverse=True)
+    size = (*x.shape[:-1], cols)
+    return torch.empty_permuted(size, (*order, x.ndim - 1), dtype=x.dtype, device=x.device)
