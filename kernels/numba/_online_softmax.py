@@ -19,7 +19,7 @@ from tilewise.kernels.numba._matmul import (
     store_vector,
     vector_of,
 )
-from tilewise.kernels.numba._parallel import INT32
+from tilewise.kernels.numba._parallel import INT32, INT64
 from tilewise.kernels.numba._simd import DOUBLE
 
 # 2**f on [-1/2, 1/2], highest power first: interpolated at Chebyshev's points, off by 2.5e-09.
@@ -28,6 +28,8 @@ _TERMS = (
     0.693147206703, 1,
 )  # fmt: skip
 _LOWEST = -126.0
+
+_FEW = 8
 
 
 def _emit_exp2(builder, x):
@@ -97,11 +99,24 @@ def softmax_columns(typing_context, scores, stride, keys, factor, highest, total
         base = builder.fmul(base, factor[0])
         scaled = _emit_power(builder, before, factor, base)
         total = _accumulator(builder, builder.fmul(load_vector(builder, total_at), scaled))
-        with cgutils.for_range(builder, keys) as loop:
-            place = builder.mul(loop.index, stride)
-            x = load_vector(builder, scores, place)
-            p = _emit_power(builder, x, factor, base)
+
+        def power(row):
+            place = builder.mul(row, stride)
+            p = _emit_power(builder, load_vector(builder, scores, place), factor, base)
             store_vector(builder, p, scores, place)
+            return p
+
+        # Sums of a few are summed: one long sum would be wrong by the root of its length.
+        few = builder.sdiv(keys, INT64(_FEW))
+        with cgutils.for_range(builder, few) as loop:
+            row = builder.mul(loop.index, INT64(_FEW))
+            some = power(row)
+            for i in range(1, _FEW):
+                some = builder.fadd(some, power(builder.add(row, INT64(i))))
+            builder.store(builder.fadd(builder.load(total), some), total)
+        summed = builder.mul(few, INT64(_FEW))
+        with cgutils.for_range(builder, builder.sub(keys, summed)) as loop:
+            p = power(builder.add(summed, loop.index))
             builder.store(builder.fadd(builder.load(total), p), total)
 
         store_vector(builder, now, highest_at)
