@@ -16,7 +16,6 @@ from torch import Tensor
 from tilewise.kernels.numba._matmul import (
     ADD,
     HEIGHT,
-    LANES,
     PANEL,
     SET,
     UNIT,
@@ -26,7 +25,6 @@ from tilewise.kernels.numba._matmul import (
     transpose,
 )
 from tilewise.kernels.numba._online_softmax import (
-    hide_later,
     scale_columns,
     softmax_columns,
     softmax_gradient,
@@ -34,12 +32,20 @@ from tilewise.kernels.numba._online_softmax import (
 from tilewise.kernels.numba._parallel import Kernel, callee, take
 from tilewise.kernels.numba._shared import CACHE_LINE, same_layout
 from tilewise.kernels.numba._simd import address, kind, load, offset, pointer, real, store
+from tilewise.kernels.numba._tiles import (
+    NONE,
+    fill,
+    hide,
+    padded,
+    read_rows,
+    read_tile,
+    rounded,
+    start_of,
+    write_tile,
+)
 
 KEYS = np.int64(128)  # keys in a tile, which with its scores stays in the L2 cache
 BLOCK = np.int64(64)  # queries that share a tile; a multiple of every PANEL
-ROUND = max(LANES, int(HEIGHT))  # to which sizes are padded in scratch
-FLAG = np.uint8(0)
-NONE = np.int64(0)  # the address of no mask
 # log2(e) to 107 bits: itself as a double, and what that leaves out
 LOG2_E = Fraction(math.log2(math.e)) + Fraction(2.0355273740931033e-17)
 
@@ -49,109 +55,18 @@ TASKS = 8
 PART_ELEMENTS = 1 << 26
 
 
-def _rounded(size: int) -> int:
-    return (size + ROUND - 1) // ROUND * ROUND
-
-
-_padded = callee(_rounded)
-
-
-@callee
-def _start(strides, batch, head):
-    return batch * strides[0] + head * strides[1]
-
-
-@callee
-def _read_rows(to, width, source, stride, rows, tall, cols, factor, seen_at, seen_step):
-    """to[tall, width] = factor * source[rows, cols], zeros elsewhere and where `seen` is False."""
-    once()
-    for i in range(tall):
-        x, y = offset(source, i * stride), offset(to, i * width)
-        filled = cols if i < rows else 0
-        if i < rows and seen_at and load(pointer(seen_at, FLAG), i * seen_step) == 0:
-            filled = 0
-        for j in range(filled):
-            store(y, j, load(x, j) * factor)
-        for j in range(width - filled):
-            store(y, filled + j, real(to, 0))
-
-
-@callee
-def _read_tile(to, width, source, stride, keys, cols, factor, seen_at, seen_step):
-    tall = (keys + HEIGHT - 1) // HEIGHT * HEIGHT
-    _read_rows(to, width, source, stride, keys, tall, cols, factor, seen_at, seen_step)
-
-
-@callee
-def _write_tile(to, source, width, first, keys, cols, stride, factor):
-    """Rows `first` and on of `to` = factor * source."""
-    once()
-    for i in range(keys):
-        x, y = offset(source, i * width), offset(to, (first + i) * stride)
-        for j in range(cols):
-            store(y, j, load(x, j) * factor)
-
-
-@callee
-def _fill(to, size):
-    for i in range(size):
-        store(to, i, real(to, 0))
-
-
-@callee
-def _hide_masked(scores, stride, keys, mask_at, mask_key):
-    mask = pointer(mask_at, FLAG)
-    for i in range(keys):
-        if load(mask, i * mask_key) == 0:
-            store(scores, i * stride, real(scores, -math.inf))
-
-
-@callee
-def _hide(
-    scores, stride, limits, cols, rows, first_row, first_key, keys, seq_q, seq_k,
-    causal, mask_at, mask_strides,
-):  # fmt: skip
-    """Set -inf where causality or the mask hides a key from the query of a lane.
-
-    Lanes are rows `first_row`, ... of the heads that share a key, each of `seq_q` queries.
-    """
-    once()
-    width = lanes(scores)
-    _, mask_head, mask_query, mask_key = mask_strides
-    lowest = first_row % seq_q
-    if lowest + rows > seq_q:
-        lowest = 0
-    query, head = first_row % seq_q, first_row // seq_q
-    if causal and first_key + keys > lowest + seq_k - seq_q + 1:
-        for j in range(cols):
-            visible = query + seq_k - seq_q + 1 - first_key
-            store(limits, j, real(limits, min(max(visible, 0), keys)))
-            query = query + 1 if query + 1 < seq_q else 0
-        for vector in range(cols // width):
-            j = vector * width
-            hide_later(offset(scores, j), stride, keys, offset(limits, j))
-    if mask_at:
-        query = first_row % seq_q
-        for j in range(rows):
-            start = head * mask_head + query * mask_query + first_key * mask_key
-            _hide_masked(offset(scores, j), stride, keys, mask_at + start, mask_key)
-            query += 1
-            if query == seq_q:
-                query, head = 0, head + 1
-
-
 @callee
 def _read_queries(q_t, stage, stats, q, dim, row, rows, seq_q, sign, q_strides):
     """Transpose a block of queries, and begin its sums."""
     once()
-    width = _padded(dim)
+    width = padded(dim)
     for panel in range((rows + PANEL - 1) // PANEL):
         start = panel * PANEL
         for i in range(PANEL):
             place = row + start + i
             x = offset(q, place // seq_q * q_strides[1] + place % seq_q * q_strides[2])
             y, there = offset(stage, i * width), 1 if start + i < rows else 0
-            _read_rows(y, width, x, width, there, UNIT, dim, sign, NONE, NONE)
+            read_rows(y, width, x, width, there, UNIT, dim, sign, NONE, NONE)
             store(stats, start + i, real(stats, -math.inf))
             store(stats, BLOCK + start + i, real(stats, 0))
         transpose(offset(q_t, start * width), PANEL, stage, width, PANEL, width)
@@ -161,7 +76,7 @@ def _read_queries(q_t, stage, stats, q, dim, row, rows, seq_q, sign, q_strides):
 def _write_block(out, highest, total, stage, out_t, stats, cols, row, rows, seq_q, factor, strides):
     """Divide by the sums and store; rows that saw no key are 0."""
     once()
-    width, zero = _padded(cols), real(stats, 0)
+    width, zero = padded(cols), real(stats, 0)
     for i in range(rows):
         if i % PANEL == 0:
             transpose(stage, width, offset(out_t, i * width), PANEL, width, PANEL)
@@ -185,7 +100,7 @@ def _attend(
 ):  # fmt: skip
     """Let a block of queries attend to one tile of keys, `first` and the next."""
     once()
-    width, v_width, step = _padded(dim), _padded(v_dim), lanes(scores)
+    width, v_width, step = padded(dim), padded(v_dim), lanes(scores)
     highest, total = stats, offset(stats, BLOCK)
     rescale, limits = offset(stats, 2 * BLOCK), offset(stats, 3 * BLOCK)
     tall = (keys + HEIGHT - 1) // HEIGHT * HEIGHT
@@ -196,7 +111,7 @@ def _attend(
         sums = offset(out_t, start * v_width)
         panel_q = offset(q_t, start * width)
         multiply(scores, PANEL, k_tile, width, UNIT, panel_q, PANEL, tall, cols, dim, SET)
-        _hide(
+        hide(
             scores, PANEL, limits, cols, used, row + start, first, keys, seq_q, seq_k,
             causal, mask, mask_strides,
         )  # fmt: skip
@@ -219,7 +134,7 @@ def _forward(
 ):  # fmt: skip
     # A unit is one query head or, where queries are few, all that share a key, one after the other.
     heads, kv_heads, seq_q, seq_k, dim, v_dim, shared = sizes
-    width, v_width = _padded(dim), _padded(v_dim)
+    width, v_width = padded(dim), padded(v_dim)
     per_batch, all_rows = heads // shared, seq_q * shared
     blocks = (all_rows + BLOCK - 1) // BLOCK
     units = items // blocks
@@ -241,10 +156,10 @@ def _forward(
         unit, row = item % units, (blocks - 1 - item // units) * BLOCK  # the longest first
         batch, head = unit // per_batch, unit % per_batch * shared
         kv_head, rows = head // (heads // kv_heads), min(BLOCK, all_rows - row)
-        mask = mask_at and mask_at + _start(mask_strides, batch, head)
-        k = offset(pointer(k_at, kind), _start(k_strides, batch, kv_head))
-        v = offset(pointer(v_at, kind), _start(v_strides, batch, kv_head))
-        q = offset(pointer(q_at, kind), _start(q_strides, batch, head))
+        mask = mask_at and mask_at + start_of(mask_strides, batch, head)
+        k = offset(pointer(k_at, kind), start_of(k_strides, batch, kv_head))
+        v = offset(pointer(v_at, kind), start_of(v_strides, batch, kv_head))
+        q = offset(pointer(q_at, kind), start_of(q_strides, batch, head))
         _read_queries(q_t, stage, stats, q, dim, row, rows, seq_q, sign, q_strides)
 
         last = seq_k
@@ -256,14 +171,14 @@ def _forward(
             seen = mask + first * mask_strides[3] if padding else 0
             k_rows, v_rows = offset(k, first * k_strides[2]), offset(v, first * v_strides[2])
             step = mask_strides[3]
-            _read_tile(k_tile, width, k_rows, k_strides[2], keys, dim, one, seen, step)
-            _read_tile(v_tile, v_width, v_rows, v_strides[2], keys, v_dim, one, seen, step)
+            read_tile(k_tile, width, k_rows, k_strides[2], keys, dim, one, seen, step)
+            read_tile(v_tile, v_width, v_rows, v_strides[2], keys, v_dim, one, seen, step)
             _attend(
                 q_t, out_t, k_tile, v_tile, scores, stats, dim, v_dim, row, rows, first, keys,
                 seq_q, seq_k, factor, causal, mask, mask_strides,
             )  # fmt: skip
 
-        out = offset(pointer(out_at, kind), _start(out_strides, batch, head))
+        out = offset(pointer(out_at, kind), start_of(out_strides, batch, head))
         place = (batch * heads + head) * seq_q + row
         highest, total = (
             offset(pointer(highest_at, wide), place), offset(pointer(total_at, wide), place)
@@ -296,7 +211,7 @@ def _gradients(
 ):  # fmt: skip
     """Add what one block of queries and one tile of keys give each other."""
     once()
-    width, v_width, step = _padded(dim), _padded(v_dim), lanes(block)
+    width, v_width, step = padded(dim), padded(v_dim), lanes(block)
     q, q_t = block, offset(block, BLOCK * width)
     dout = offset(q_t, BLOCK * width)
     dout_t = offset(dout, BLOCK * v_width)
@@ -305,11 +220,11 @@ def _gradients(
     stats = offset(ds, KEYS * BLOCK)
     part, delta, limits = offset(stats, BLOCK), offset(stats, 2 * BLOCK), offset(stats, 3 * BLOCK)
     tall = (keys + HEIGHT - 1) // HEIGHT * HEIGHT
-    cols = _padded(rows)
+    cols = padded(rows)
 
     multiply(scores, BLOCK, k_tile, width, UNIT, q_t, BLOCK, tall, cols, dim, SET)
     multiply(ds, BLOCK, v_tile, v_width, UNIT, dout_t, BLOCK, tall, cols, v_dim, SET)
-    _hide(
+    hide(
         scores, BLOCK, limits, cols, rows, row, first, keys, seq_q, seq_k,
         causal, mask, mask_strides,
     )  # fmt: skip
@@ -331,7 +246,7 @@ def _one_head(
 ):  # fmt: skip
     """Take all queries of one head, block by block, to one tile of keys."""
     once()
-    width, v_width = _padded(dim), _padded(v_dim)
+    width, v_width = padded(dim), padded(v_dim)
     q_block, q_t = block, offset(block, BLOCK * width)
     dout_block = offset(q_t, BLOCK * width)
     dout_t = offset(dout_block, BLOCK * v_width)
@@ -341,10 +256,10 @@ def _one_head(
         rows = min(BLOCK, seq_q - row)
         if causal and row + rows + seq_k - seq_q <= first:
             continue
-        tall = _padded(rows)
+        tall = padded(rows)
         q_rows, dout_rows = offset(q, row * q_stride), offset(dout, row * dout_stride)
-        _read_rows(q_block, width, q_rows, q_stride, rows, tall, dim, sign, NONE, NONE)
-        _read_rows(dout_block, v_width, dout_rows, dout_stride, rows, tall, v_dim, one, NONE, NONE)
+        read_rows(q_block, width, q_rows, q_stride, rows, tall, dim, sign, NONE, NONE)
+        read_rows(dout_block, v_width, dout_rows, dout_stride, rows, tall, v_dim, one, NONE, NONE)
         transpose(q_t, BLOCK, q_block, width, tall, width)
         transpose(dout_t, BLOCK, dout_block, v_width, tall, v_width)
         _read_statistics(
@@ -366,8 +281,8 @@ def _backward(
 ):  # fmt: skip
     # An item is every `parts`-th tile of one kv head; dq is [parts, batch, heads, rows, width].
     heads, kv_heads, seq_q, seq_k, dim, v_dim, parts = sizes
-    width, v_width, group = _padded(dim), _padded(v_dim), heads // kv_heads
-    units, tall_q = items // parts, _padded(seq_q)
+    width, v_width, group = padded(dim), padded(v_dim), heads // kv_heads
+    units, tall_q = items // parts, padded(seq_q)
     one, sign = real(wide, 1), real(wide, sign)
     factor = real(wide, factors[0]), real(wide, factors[1])
 
@@ -382,34 +297,34 @@ def _backward(
         if item >= items:
             break
         part, batch, kv_head = item // units, item % units // kv_heads, item % units % kv_heads
-        k = offset(pointer(k_at, kind), _start(k_strides, batch, kv_head))
-        v = offset(pointer(v_at, kind), _start(v_strides, batch, kv_head))
-        dk = offset(pointer(dk_at, kind), _start(dk_strides, batch, kv_head))
-        dv = offset(pointer(dv_at, kind), _start(dv_strides, batch, kv_head))
+        k = offset(pointer(k_at, kind), start_of(k_strides, batch, kv_head))
+        v = offset(pointer(v_at, kind), start_of(v_strides, batch, kv_head))
+        dk = offset(pointer(dk_at, kind), start_of(dk_strides, batch, kv_head))
+        dv = offset(pointer(dv_at, kind), start_of(dv_strides, batch, kv_head))
         for tile in range(part, (seq_k + KEYS - 1) // KEYS, parts):
             first = tile * KEYS
             keys, step = min(KEYS, seq_k - first), mask_strides[3]
             k_rows, v_rows = offset(k, first * k_strides[2]), offset(v, first * v_strides[2])
-            _fill(dk_tile, KEYS * (width + v_width))
+            fill(dk_tile, KEYS * (width + v_width))
             for head in range(kv_head * group, (kv_head + 1) * group):
-                mask = mask_at and mask_at + _start(mask_strides, batch, head)
+                mask = mask_at and mask_at + start_of(mask_strides, batch, head)
                 seen = mask + first * step if padding else 0
-                _read_tile(k_tile, width, k_rows, k_strides[2], keys, dim, one, seen, step)
-                _read_tile(v_tile, v_width, v_rows, v_strides[2], keys, v_dim, one, seen, step)
+                read_tile(k_tile, width, k_rows, k_strides[2], keys, dim, one, seen, step)
+                read_tile(v_tile, v_width, v_rows, v_strides[2], keys, v_dim, one, seen, step)
                 index = batch * heads + head
                 _one_head(
                     offset(pointer(dq_at, wide), (part * units * group + index) * tall_q * width),
                     dk_tile, dv_tile, k_tile, v_tile, block,
-                    offset(pointer(dout_at, kind), _start(dout_strides, batch, head)),
-                    offset(pointer(q_at, kind), _start(q_strides, batch, head)),
-                    offset(pointer(out_at, kind), _start(out_strides, batch, head)),
+                    offset(pointer(dout_at, kind), start_of(dout_strides, batch, head)),
+                    offset(pointer(q_at, kind), start_of(q_strides, batch, head)),
+                    offset(pointer(out_at, kind), start_of(out_strides, batch, head)),
                     offset(pointer(highest_at, wide), index * seq_q),
                     offset(pointer(total_at, wide), index * seq_q),
                     dim, v_dim, first, keys, seq_q, seq_k, sign, factor,
                     causal, mask, mask_strides, dout_strides[2], q_strides[2], out_strides[2],
                 )  # fmt: skip
-            _write_tile(dk, dk_tile, width, first, keys, dim, dk_strides[2], real(wide, scale))
-            _write_tile(dv, dv_tile, v_width, first, keys, v_dim, dv_strides[2], one)
+            write_tile(dk, dk_tile, width, first, keys, dim, dk_strides[2], real(wide, scale))
+            write_tile(dv, dv_tile, v_width, first, keys, v_dim, dv_strides[2], one)
 
 
 def _scratch(x: Tensor, elements: int) -> tuple[Tensor, Tensor, int]:
@@ -456,7 +371,7 @@ def attention_forward(
     out = same_layout(q, v_dim)
     highest = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     total = torch.empty_like(highest)
-    group, width, v_width = heads // kv_heads, _rounded(dim), _rounded(v_dim)
+    group, width, v_width = heads // kv_heads, rounded(dim), rounded(v_dim)
     own_padding = mask is not None and mask.shape[2] == 1 and mask.shape[1] > 1
     shared = group if seq_q < BLOCK and not own_padding else 1
     items = batch * heads // shared * -(-seq_q * shared // int(BLOCK))
@@ -484,10 +399,10 @@ def attention_backward(
     batch, heads, seq_q, dim = q.shape
     _, kv_heads, seq_k, v_dim = v.shape
     dk, dv = same_layout(k, dim), same_layout(v, v_dim)
-    units, width, v_width = batch * kv_heads, _rounded(dim), _rounded(v_dim)
+    units, width, v_width = batch * kv_heads, rounded(dim), rounded(v_dim)
     tiles = -(-seq_k // int(KEYS))
     parts = min(tiles, max(TASKS // units, 1), max(PART_ELEMENTS // q.numel(), 1))
-    sums = total.new_zeros(parts, batch, heads, _rounded(seq_q), width)
+    sums = total.new_zeros(parts, batch, heads, rounded(seq_q), width)
     counter, scratch, size = _scratch(
         total, 2 * (BLOCK + KEYS) * (width + v_width) + 2 * KEYS * BLOCK + 4 * BLOCK
     )

@@ -172,9 +172,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
             f"got {list(k.shape)}"
         )
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"attention: v must be {[*k.shape[:3], 'v_dim']} for this k, got {list(v.shape)}"
-        )
+        sizes = ", ".join(map(str, k.shape[:3]))
+        raise ValueError(f"attention: v must be [{sizes}, v_dim] for this k, got {list(v.shape)}")
     heads, kv_heads = q.shape[1], k.shape[1]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
         raise ValueError(
@@ -188,8 +187,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     if mask.dtype != torch.bool:
         raise TypeError(f"attention: mask must be torch.bool, got {mask.dtype}")
     full = (*q.shape[:3], k.shape[2])
-    sizes = zip(mask.shape[::-1], full[::-1], strict=False)
-    if mask.ndim > 4 or any(size not in (1, whole) for size, whole in sizes):
+    pairs = zip(mask.shape[::-1], full[::-1], strict=False)
+    if mask.ndim > 4 or any(size not in (1, whole) for size, whole in pairs):
         raise ValueError(
             f"attention: mask must be broadcastable to {list(full)}, got {list(mask.shape)}"
         )

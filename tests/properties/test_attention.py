@@ -1,0 +1,247 @@
+"""What equality with the reference cannot say: symmetries, layouts, poison, refusals."""
+
+import math
+
+import pytest
+import torch
+
+from tilewise import attention
+from tilewise.choice import refusal
+from tilewise.ops.attention import ATTENTION, attention_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EVERY = pytest.mark.parametrize("backend", [*ATTENTION.backends, "reference"])
+
+
+def inputs(seq_q, seq_k, *, batch=2, heads=2, kv_heads=1, dim=8, v_dim=8, dtype=torch.float32):
+    """q, k and v, each laid out in its own way: a swapped stride must not go unseen."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    q = normal(batch, seq_q, heads, dim).transpose(1, 2)
+    k = normal(kv_heads, batch, seq_k + 3, dim)[:, :, 3:].transpose(0, 1)
+    v = normal(batch, kv_heads, seq_k, v_dim + 5)[..., 5:]
+    return q, k, v
+
+
+def able(backend, q, k, v):
+    if backend != "reference" and (no := refusal(ATTENTION.backends[backend], q, k, v)):
+        pytest.skip(f"{backend}: {no[1]}")
+
+
+def with_gradients(backend, q, k, v, **options):
+    """out, dq, dk, dv; the gradient that comes back is laid out in yet another way."""
+    able(backend, q, k, v)
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = attention(*leaves, **options, backend=backend)
+    cotangent = torch.linspace(-1, 1, out.numel(), device=out.device).to(out.dtype)
+    cotangent = cotangent.view(out.shape[2], *out.shape[:2], out.shape[3]).permute(1, 2, 0, 3)
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
+
+
+def near(ours, expected):
+    """Both are sums of fewer than 200 terms below 8 in size, in another order."""
+    for a, b in zip(ours, expected, strict=True):
+        assert (a - b).abs().max() <= 200 * 8 * torch.finfo(a.dtype).eps
+
+
+@EVERY
+@pytest.mark.parametrize("seq_q, seq_k", [(5, 5), (3, 20), (20, 3), (66, 130)])
+def test_causal_is_the_mask_aligned_at_the_last_query(backend, seq_q, seq_k):
+    if backend == "triton" and DEVICE == "cpu" and seq_q == 66:
+        pytest.skip("triton: slow in the interpreter, and the declared sizes have it")
+    q, k, v = inputs(seq_q, seq_k)
+    mask = torch.ones(seq_q, seq_k, dtype=torch.bool, device=DEVICE).tril(seq_k - seq_q)
+    near(with_gradients(backend, q, k, v, causal=True), with_gradients(backend, q, k, v, mask=mask))
+
+
+@EVERY
+def test_the_order_of_keys_does_not_matter(backend):
+    q, k, v = inputs(5, 37)
+    mask = torch.rand(5, 37, device=DEVICE) < 0.7
+    order = torch.randperm(37, device=DEVICE)
+    out, dq, dk, dv = with_gradients(backend, q, k, v, mask=mask)
+    shuffled = with_gradients(backend, q, k[:, :, order], v[:, :, order], mask=mask[:, order])
+    near(shuffled, [out, dq, dk[:, :, order], dv[:, :, order]])
+
+
+@EVERY
+def test_heads_that_share_keys_are_heads_with_equal_keys(backend):
+    q, k, v = inputs(5, 20, heads=6, kv_heads=2)
+    out, dq, dk, dv = with_gradients(backend, q, k, v)
+    own = with_gradients(backend, q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1))
+    grouped = [t.view(2, 2, 3, 20, 8).sum(2) for t in own[2:]]
+    near([out, dq, dk, dv], [*own[:2], *grouped])
+
+
+@pytest.mark.parametrize("backend", ATTENTION.backends)
+def test_two_halves_of_the_keys_merge_by_their_sums(backend):
+    q, k, v = inputs(5, 37)
+    able(backend, q, k, v)
+    forward = torch.ops.tilewise.attention_forward
+
+    def part(keys, values):
+        out, highest, total = forward(q, keys, values, None, False, 0.5, backend)
+        return out, math.log(2) * highest + total.log()
+
+    whole, lse = part(k, v)
+    (left, left_lse), (right, right_lse) = (
+        part(k[:, :, :9], v[:, :, :9]),
+        part(k[:, :, 9:], v[:, :, 9:]),
+    )
+    merged_lse = torch.logaddexp(left_lse, right_lse)
+    weights = [(one - merged_lse).exp()[..., None] for one in (left_lse, right_lse)]
+    near([weights[0] * left + weights[1] * right, merged_lse], [whole, lse])
+
+
+@EVERY
+@pytest.mark.parametrize("shape", [(2, 1, 1, 20), (1, 2, 1, 20), (20,)], ids=str)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_lies_behind_padding_is_never_seen(backend, shape, poison):
+    q, k, v = inputs(5, 20)
+    mask = torch.ones(shape, dtype=torch.bool, device=DEVICE)
+    mask[..., 13:] = False
+    clean = with_gradients(backend, q, k, v, mask=mask)
+    for t in (k, v):
+        t[:, :, 13:] = poison
+    for ours, expected in zip(with_gradients(backend, q, k, v, mask=mask), clean, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_to_attend_to_is_zero(backend, dtype):
+    q, k, v = inputs(5, 4, dtype=dtype)
+    mask = torch.ones(5, 4, dtype=torch.bool, device=DEVICE)
+    mask[2] = False
+    out, dq, dk, dv = with_gradients(backend, q, k, v, mask=mask, causal=True)
+    assert not out[:, :, [0, 2]].any()
+    assert not dq[:, :, [0, 2]].any()
+    assert all(t.isfinite().all() and t.any() for t in (out, dq, dk, dv))
+    assert not any(t.any() for t in with_gradients(backend, q, k, v, mask=mask[2]))
+
+
+@EVERY
+def test_a_negative_scale_turns_the_queries_round(backend):
+    q, k, v = inputs(5, 20)
+    out, dq, dk, dv = with_gradients(backend, q, k, v, scale=-0.3)
+    turned = with_gradients(backend, -q, k, v, scale=0.3)
+    near([out, dq, dk, dv], [turned[0], -turned[1], *turned[2:]])
+    average = v.mean(2, keepdim=True).repeat_interleave(2, 1).expand(out.shape)
+    near(with_gradients(backend, q, k, v, scale=0.0)[:1], [average])
+
+
+@pytest.mark.parametrize("backend", ATTENTION.backends)
+@pytest.mark.parametrize("v_dim", [8, 24])
+def test_the_output_lies_in_memory_as_the_queries_do(backend, v_dim):
+    for order in [(0, 1, 2), (0, 2, 1), (2, 0, 1), (1, 0, 2)]:
+        q, k, v = inputs(5, 4, v_dim=v_dim)
+        able(backend, q, k, v)
+        q = torch.empty_permuted(q.shape, (*order, 3), device=DEVICE).copy_(q).requires_grad_()
+        out = attention(q, k, v, backend=backend)
+        assert sorted(range(3), key=out.stride, reverse=True) == list(order)
+        (dq,) = torch.autograd.grad(out.sum(), q)
+        assert dq.stride() == q.stride()
+
+
+@pytest.mark.parametrize("backend", ATTENTION.backends)
+def test_the_number_of_threads_does_not_change_the_bits(backend):
+    if backend != "numba":
+        pytest.skip(f"{backend}: does not run on torch's threads")
+    q, k, v = inputs(150, 300, heads=4, kv_heads=2)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(with_gradients(backend, q, k, v, causal=True))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+def test_autocast_lowers_the_precision(backend):
+    q, k, v = inputs(5, 20)
+    able(backend, q, k, v)
+    expected = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend=backend)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert torch.equal(attention(q, k.bfloat16(), v, backend=backend), expected)
+        double = attention(q.double(), k.double(), v.double(), backend=backend)
+    assert double.dtype == torch.float64
+
+
+def test_the_reference_is_the_function_of_torch():
+    q, k, v = inputs(6, 6, dtype=torch.float64)
+    mask = torch.rand(2, 1, 6, 6, device=DEVICE) < 0.8
+    for options in ({}, {"causal": True}, {"mask": mask | torch.eye(6, dtype=bool, device=DEVICE)}):
+        native = ATTENTION.native(q, k, v, **options)
+        torch.testing.assert_close(attention_reference(q, k, v, **options), native)
+
+
+def zeros(*shape, dtype=torch.float32, device=DEVICE):
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+REFUSED = {
+    "q of integers": (
+        (zeros(1, 2, 3, 4, dtype=torch.int64), zeros(1, 1, 5, 4), zeros(1, 1, 5, 4)), {},
+        TypeError, "attention: q must be floating point, got torch.int64",
+    ),
+    "another dtype": (
+        (zeros(1, 2, 3, 4), zeros(1, 1, 5, 4), zeros(1, 1, 5, 4, dtype=torch.float16)), {},
+        TypeError, "attention: v must be torch.float32 like q, got torch.float16",
+    ),
+    "three dims": (
+        (zeros(2, 3, 4), zeros(1, 1, 5, 4), zeros(1, 1, 5, 4)), {}, ValueError,
+        "attention: q, k and v must be [batch, heads, seq, dim], "
+        "got [2, 3, 4], [1, 1, 5, 4] and [1, 1, 5, 4]",
+    ),
+    "another dim": (
+        (zeros(1, 2, 3, 4), zeros(1, 1, 5, 6), zeros(1, 1, 5, 4)), {}, ValueError,
+        "attention: k must be [1, kv_heads, seq_k, 4] for this q, got [1, 1, 5, 6]",
+    ),
+    "another number of values": (
+        (zeros(1, 2, 3, 4), zeros(1, 1, 5, 4), zeros(1, 1, 6, 4)), {}, ValueError,
+        "attention: v must be [1, 1, 5, v_dim] for this k, got [1, 1, 6, 4]",
+    ),
+    "heads that do not divide": (
+        (zeros(1, 3, 3, 4), zeros(1, 2, 5, 4), zeros(1, 2, 5, 4)), {}, ValueError,
+        "attention: heads of q must be a multiple of those of k, got 3 and 2",
+    ),
+    "another device": (
+        (zeros(1, 2, 3, 4), zeros(1, 1, 5, 4, device="meta"), zeros(1, 1, 5, 4)), {},
+        RuntimeError, f"attention: k must be on {zeros().device}, got meta",
+    ),
+    "a mask of floats": (
+        (zeros(1, 2, 3, 4), zeros(1, 1, 5, 4), zeros(1, 1, 5, 4)), {"mask": zeros(3, 5)},
+        TypeError, "attention: mask must be torch.bool, got torch.float32",
+    ),
+    "a mask of another size": (
+        (zeros(1, 2, 3, 4), zeros(1, 1, 5, 4), zeros(1, 1, 5, 4)),
+        {"mask": zeros(5, 3, dtype=torch.bool)}, ValueError,
+        "attention: mask must be broadcastable to [1, 2, 3, 5], got [5, 3]",
+    ),
+    "a backend that is not": (
+        (zeros(1, 2, 3, 4), zeros(1, 1, 5, 4), zeros(1, 1, 5, 4)), {"backend": "abacus"},
+        ValueError, "attention: backend must be one of numba, triton, reference, got 'abacus'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tensors, options, error, sentence", REFUSED.values(), ids=REFUSED)
+def test_refuses(tensors, options, error, sentence):
+    with pytest.raises(error) as raised:
+        attention(*tensors, **options)
+    assert str(raised.value) == sentence
+
+
+def test_triton_refuses_wide_heads():
+    q = zeros(1, 1, 2, 257)
+    if DEVICE == "cpu" and refusal(ATTENTION.backends["triton"], q[..., :4], q, q):
+        pytest.skip("triton: neither interpreted nor on a GPU")
+    with pytest.raises(NotImplementedError, match="takes heads up to 256 wide, got 257"):
+        attention(q, q, q, backend="triton")
