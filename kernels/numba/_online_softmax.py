@@ -6,6 +6,11 @@ multiplication, which would be two if the queries were scaled. It comes in two p
 itself rounded down, and what that left out, by which all the scores would be wrong alike.
 """
 
+import math
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -22,6 +27,9 @@ from tilewise.kernels.numba._matmul import (
 from tilewise.kernels.numba._parallel import INT32, INT64
 from tilewise.kernels.numba._simd import DOUBLE
 
+# log2(e) to 107 bits: itself as a double, and what that leaves out
+LOG2_E = Fraction(math.log2(math.e)) + Fraction(2.0355273740931033e-17)
+
 # 2**f on [-1/2, 1/2], highest power first: interpolated at Chebyshev's points, off by 2.5e-09.
 _TERMS = (
     0.000154614447248, 0.00134004281777, 0.00961805667843, 0.0555032722667, 0.240226509223,
@@ -30,6 +38,22 @@ _TERMS = (
 _LOWEST = -126.0
 
 _FEW = 8
+
+
+@lru_cache
+def scaling(scale: float, double: bool) -> tuple[float, float, tuple[float, float]]:
+    """Sign, size, and what takes a score to units of log 2, in two parts of fp32 or fp64.
+
+    Both are above 0, or a score of -inf would become NaN.
+    The sign goes to the queries, so that the highest score stays the highest when scaled.
+    """
+    sign, scale = (math.copysign(1.0, scale), abs(scale)) if scale else (0.0, 1.0)
+    exact, real = Fraction(scale) * LOG2_E, np.float64 if double else np.float32
+    main = real(exact)
+    if Fraction(float(main)) > exact:
+        main = np.nextafter(main, real(0))
+    rest = max(float(exact - Fraction(float(main))), float(np.finfo(real).tiny))
+    return sign, scale, (float(main), rest)
 
 
 def _emit_exp2(builder, x):

@@ -6,8 +6,6 @@ are padded with zeros and hidden keys are zeros too, so that a NaN behind paddin
 """
 
 import math
-from fractions import Fraction
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -26,6 +24,7 @@ from tilewise.kernels.numba._matmul import (
 )
 from tilewise.kernels.numba._online_softmax import (
     scale_columns,
+    scaling,
     softmax_columns,
     softmax_gradient,
 )
@@ -44,13 +43,11 @@ from tilewise.kernels.numba._tiles import (
     write_tile,
 )
 
-KEYS = np.int64(128)  # keys in a tile, which with its scores stays in the L2 cache
-BLOCK = np.int64(64)  # queries that share a tile; a multiple of every PANEL
-# log2(e) to 107 bits: itself as a double, and what that leaves out
-LOG2_E = Fraction(math.log2(math.e)) + Fraction(2.0355273740931033e-17)
+KEYS = np.int64(128)  # in a tile, which with its scores stays in the L2 cache
+BLOCK = np.int64(64)  # of queries that share a tile; a multiple of every PANEL
 
-# The sum over keys is split into parts of dq as long as there are fewer tasks, and memory, than
-# this. A function of the sizes alone, so that the bits do not depend on the number of threads.
+# Dq is summed in parts while there are fewer tasks, and memory, than this. By the sizes alone, so
+# that the bits do not depend on the number of threads.
 TASKS = 8
 PART_ELEMENTS = 1 << 26
 
@@ -132,7 +129,7 @@ def _forward(
     q_at, k_at, v_at, mask_at, kind, wide, sizes, out_strides, q_strides, k_strides, v_strides,
     mask_strides, padding, causal, sign, scale, factors,
 ):  # fmt: skip
-    # A unit is one query head or, where queries are few, all that share a key, one after the other.
+    # A unit is one query head or, where queries are few, all that share a key.
     heads, kv_heads, seq_q, seq_k, dim, v_dim, shared = sizes
     width, v_width = padded(dim), padded(v_dim)
     per_batch, all_rows = heads // shared, seq_q * shared
@@ -167,10 +164,9 @@ def _forward(
             last = min(max(row + rows + seq_k - seq_q, 0), seq_k)
         for tile in range((last + KEYS - 1) // KEYS):
             first = tile * KEYS
-            keys = min(KEYS, last - first)
-            seen = mask + first * mask_strides[3] if padding else 0
+            keys, step = min(KEYS, last - first), mask_strides[3]
+            seen = mask + first * step if padding else 0
             k_rows, v_rows = offset(k, first * k_strides[2]), offset(v, first * v_strides[2])
-            step = mask_strides[3]
             read_tile(k_tile, width, k_rows, k_strides[2], keys, dim, one, seen, step)
             read_tile(v_tile, v_width, v_rows, v_strides[2], keys, v_dim, one, seen, step)
             _attend(
@@ -180,9 +176,8 @@ def _forward(
 
         out = offset(pointer(out_at, kind), start_of(out_strides, batch, head))
         place = (batch * heads + head) * seq_q + row
-        highest, total = (
-            offset(pointer(highest_at, wide), place), offset(pointer(total_at, wide), place)
-        )  # fmt: skip
+        highest = offset(pointer(highest_at, wide), place)
+        total = offset(pointer(total_at, wide), place)
         _write_block(
             out, highest, total, stage, out_t, stats, v_dim, row, rows, seq_q, factor, out_strides
         )
@@ -345,22 +340,6 @@ def _mask_options(mask: Tensor | None) -> tuple[int, tuple[int, ...], int]:
     return address(mask), tuple(strides), int(mask.shape[2] == 1)
 
 
-@lru_cache
-def _scaling(scale: float, double: bool) -> tuple[float, float, tuple[float, float]]:
-    """Sign, size, and what takes a score to units of log 2, in two parts of fp32 or fp64.
-
-    Both are above 0, or a score of -inf would become NaN.
-    The sign goes to the queries, so that the highest score stays the highest when scaled.
-    """
-    sign, scale = (math.copysign(1.0, scale), abs(scale)) if scale else (0.0, 1.0)
-    exact, real = Fraction(scale) * LOG2_E, np.float64 if double else np.float32
-    main = real(exact)
-    if Fraction(float(main)) > exact:
-        main = np.nextafter(main, real(0))
-    rest = max(float(exact - Fraction(float(main))), float(np.finfo(real).tiny))
-    return sign, scale, (float(main), rest)
-
-
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -386,7 +365,7 @@ def attention_forward(
         address(q), address(k), address(v), mask_at, kind(q), kind(total),
         (heads, kv_heads, seq_q, seq_k, dim, v_dim, shared),
         out.stride(), q.stride(), k.stride(), v.stride(), mask_strides,
-        padding, int(causal), *_scaling(scale, q.dtype == torch.float64),
+        padding, int(causal), *scaling(scale, q.dtype == torch.float64),
     )  # fmt: skip
     return out, highest, total
 
@@ -413,10 +392,9 @@ def attention_backward(
         address(q), address(k), address(v), mask_at, address(out), address(highest), address(total),
         kind(q), kind(total), (heads, kv_heads, seq_q, seq_k, dim, v_dim, parts),
         dk.stride(), dv.stride(), dout.stride(), q.stride(), k.stride(), v.stride(), mask_strides,
-        out.stride(), padding, int(causal), *_scaling(scale, q.dtype == torch.float64),
+        out.stride(), padding, int(causal), *scaling(scale, q.dtype == torch.float64),
     )  # fmt: skip
-    dq_sum = sums[0]
     for part in sums[1:]:
-        dq_sum += part
+        sums[0] += part
     dq = same_layout(q, dim)
-    return dq.copy_(dq_sum[:, :, :seq_q, :dim].mul_(scale)), dk, dv
+    return dq.copy_(sums[0, :, :, :seq_q, :dim].mul_(scale)), dk, dv

@@ -273,29 +273,24 @@ def _width(dim: int) -> int:
     return max(triton.next_power_of_2(dim), 16)  # the least that tl.dot takes
 
 
-def forward_options(dim: int, v_dim: int, seq_q: int, itemsize: int) -> dict[str, int]:
-    """The block of queries and of keys, and the warps, that fit without spills."""
-    widest = max(_width(dim), _width(v_dim))
-    if itemsize == 4:
-        queries, keys = (64, 32) if widest <= 64 else (32, 32) if widest <= 128 else (16, 32)
-        options = {"num_warps": 4, "num_stages": 1 if widest > 128 else 2}
-    else:
-        queries, keys = (128, 64) if widest <= 128 else (64, 32)
-        options = {"num_warps": 8 if widest > 64 else 4, "num_stages": 2}
-    queries = min(queries, max(triton.next_power_of_2(seq_q), 16))
-    return options | {"QUERIES": queries, "KEYS": keys}
+def _options(queries: int, keys: int, warps: int, stages: int) -> dict[str, int]:
+    return {"QUERIES": queries, "KEYS": keys, "num_warps": warps, "num_stages": stages}
 
 
-def backward_options(dim: int, v_dim: int, itemsize: int) -> dict[str, int]:
-    """The same for both kernels of the backward pass."""
-    widest = max(_width(dim), _width(v_dim))
-    if itemsize == 4:
-        queries, keys = (32, 32) if widest <= 128 else (16, 16)
-        return {"num_warps": 4, "num_stages": 1, "QUERIES": queries, "KEYS": keys}
-    queries, keys = (64, 64) if widest <= 128 else (32, 32)
-    return {"num_warps": 4 if widest <= 64 else 8, "num_stages": 1} | {
-        "QUERIES": queries, "KEYS": keys,
-    }  # fmt: skip
+# Blocks of queries and keys, warps and stages by the wider of the two dims, the largest of those
+# tried that ptxas compiles for sm_90 with no access to local memory. Products in true fp32 are made
+# of scalars, and what a loop keeps of them fills the registers.
+_FORWARD = {4: {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 32, 4, 1)},
+            2: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)}}  # fmt: skip
+_QUERIES = {4: {64: (32, 32, 8, 1), 128: (16, 16, 4, 2), 256: (16, 16, 8, 2)},
+            2: {64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)}}  # fmt: skip
+_KEYS = {4: {64: (32, 16, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+         2: {64: (64, 64, 4, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)}}  # fmt: skip
+
+
+def _chosen(table: dict, q: Tensor, v: Tensor) -> dict[str, int]:
+    widest = max(_width(q.shape[-1]), _width(v.shape[-1]), 64)
+    return _options(*table[q.itemsize][widest])
 
 
 def _scaling(scale: float) -> tuple[float, float]:
@@ -323,7 +318,8 @@ def attention_forward(
     highest = q.new_empty(q.shape[:3], dtype=torch.float32)
     total = torch.empty_like(highest)
     flags, mask_strides, kind = _mask_options(mask, q)
-    options = forward_options(dim, v_dim, seq_q, q.itemsize)
+    options = _chosen(_FORWARD, q, v)
+    options["QUERIES"] = min(options["QUERIES"], max(triton.next_power_of_2(seq_q), 16))
     _forward_kernel[(triton.cdiv(seq_q, options["QUERIES"]), batch * heads)](
         out, highest, total, q, k, v, flags, heads, heads // kv_heads, seq_q, seq_k, dim, v_dim,
         *out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides,
@@ -343,17 +339,19 @@ def attention_backward(
     dq, dk, dv = same_layout(q, dim), same_layout(k, dim), same_layout(v, v_dim)
     delta = torch.empty_like(total)
     flags, mask_strides, kind = _mask_options(mask, q)
-    options = backward_options(dim, v_dim, q.itemsize) | {
+    shared = {
         "CAUSAL": causal, "MASK": kind, "DIM": _width(dim), "V_DIM": _width(v_dim),
     }  # fmt: skip
     sizes = heads // kv_heads, seq_q, seq_k, dim, v_dim
     rest = (
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides, *_scaling(scale), scale
     )  # fmt: skip
+    options = _chosen(_QUERIES, q, v) | shared
     _queries_backward_kernel[(triton.cdiv(seq_q, options["QUERIES"]), batch * heads)](
         dq, delta, dout, q, k, v, flags, out, highest, total, heads, *sizes,
         *dq.stride()[:3], *dout.stride()[:3], *out.stride()[:3], *rest, **options,
     )  # fmt: skip
+    options = _chosen(_KEYS, q, v) | shared
     _keys_backward_kernel[(triton.cdiv(seq_k, options["KEYS"]), batch * kv_heads)](
         dk, dv, dout, q, k, v, flags, delta, highest, total, kv_heads, *sizes,
         *dk.stride()[:3], *dv.stride()[:3], *dout.stride()[:3], *rest, **options,

@@ -274,7 +274,7 @@ def _flops(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **options: 
     return 2 * pairs * (q.shape[-1] + v.shape[-1])
 
 
-_TINY = {"batch": 1, "heads": 2, "kv_heads": 1, "seq_q": 3, "seq_k": 4, "dim": 4}
+_TINY = {"batch": 1, "heads": 2, "kv_heads": 1, "seq_q": 3, "seq_k": 4, "dim": 5}
 
 ATTENTION = declare(
     Op(
@@ -288,12 +288,12 @@ ATTENTION = declare(
             _TINY | {"batch": 0},
             _TINY | {"seq_k": 0},  # nothing to attend to
             _TINY | {"seq_q": 1, "seq_k": 1, "dim": 1},
-            _TINY | {"heads": 8, "seq_q": 1, "seq_k": 79, "dim": 64},  # heads share the lanes
+            _TINY | {"heads": 6, "seq_q": 1, "seq_k": 79, "dim": 16},  # heads share the lanes
             _TINY | {"seq_q": 64, "seq_k": 64, "dim": 64, "causal": True},  # whole blocks
-            _TINY | {"seq_q": 113, "seq_k": 203, "dim": 40, "v_dim": 16, "causal": True},
-            _TINY | {"seq_q": 203, "seq_k": 113, "dim": 16, "v_dim": 72, "causal": True},
-            _TINY | {"seq_q": 70, "seq_k": 131, "dim": 128},
-            _TINY | {"batch": 2, "seq_q": 33, "seq_k": 141, "dim": 16, "mask": "bk"},  # padding
+            _TINY | {"seq_q": 67, "seq_k": 131, "dim": 40, "v_dim": 16, "causal": True},
+            _TINY | {"seq_q": 131, "seq_k": 67, "dim": 24, "v_dim": 40, "causal": True},
+            _TINY | {"seq_q": 33, "seq_k": 65, "dim": 128},
+            _TINY | {"batch": 2, "seq_q": 17, "seq_k": 135, "dim": 16, "mask": "bk"},  # padding
             _TINY | {"batch": 2, "seq_q": 5, "seq_k": 20, "dim": 8, "mask": "hk"},
             _TINY | {"batch": 2, "seq_q": 20, "seq_k": 33, "dim": 8, "mask": "bhqk"},
             _TINY | {"seq_q": 20, "seq_k": 33, "dim": 8, "mask": "qk", "causal": True},
