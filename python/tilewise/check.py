@@ -11,7 +11,7 @@ truth correctly rounded, where this is larger. Outputs and every gradient.
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -121,26 +121,64 @@ def check(
 
         repair()
 
+    standard = standard_of(op, tensors, options)
+    ours = outputs_and_grads(op, op.call, tensors, options | {"backend": backend})
+    return standard.judge(ours, Result(*case))
+
+
+@dataclass(frozen=True)
+class Standard:
+    """What one case is held to.
+
+    Attributes:
+        names: Of the outputs, then of the gradients.
+        truth: The reference in fp64.
+        plain: The reference in the dtype at hand: what ours must look like.
+        yardstick: What is allowed to be wrong is measured on this: `plain`, but for fp64.
+        scale: By how much the yardstick's error counts.
+    """
+
+    names: list[str]
+    truth: list[Tensor]
+    plain: list[Tensor]
+    yardstick: list[Tensor]
+    scale: float
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs there are; the rest are gradients."""
+        return sum(name.startswith("out") for name in self.names)
+
+    def judge(self, ours: Sequence[Tensor], case: Result) -> list[Result]:
+        """Fill in `case` for each output and gradient, of which `ours` may hold only the first."""
+        return [
+            _judge(
+                replace(case, output=self.names[i]),
+                mine, self.plain[i], self.yardstick[i], self.truth[i], self.scale,
+            )
+            for i, mine in enumerate(ours)
+        ]  # fmt: skip
+
+
+def standard_of(op: Op, tensors: Tensors, options: dict[str, Any]) -> Standard:
+    """Run the reference, in fp64 and in the dtype of `tensors`."""
+    first = tensors[0]
+    assert first is not None
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
         double = converted(tensors, torch.float64)
         truth = outputs_and_grads(op, op.reference, double, options)
         plain = outputs_and_grads(op, op.reference, tensors, options)
-        ours = outputs_and_grads(op, op.call, tensors, options | {"backend": backend})
         yardstick, scale = plain, 1.0
-        if dtype == torch.float64:  # the truth itself: take its error in fp32 and scale it down
+        if first.dtype == torch.float64:  # the truth itself: take its error in fp32, scaled down
             single = converted(tensors, torch.float32)
             yardstick = outputs_and_grads(op, op.reference, single, options)
             scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
             scale *= 1.5  # the truth is as far from the exact one as the yardstick is
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
-    names = output_names(op, tensors, len(truth))
-    return [
-        _judge(Result(*case, output=names[i]), ours[i], plain[i], yardstick[i], truth[i], scale)
-        for i in range(len(truth))
-    ]
+    return Standard(output_names(op, tensors, len(truth)), truth, plain, yardstick, scale)
 
 
 def _judge(
@@ -155,8 +193,7 @@ def _judge(
 
 
 def _with(case: Result, error: float, allowed: float) -> Result:
-    row = asdict(case) | {"error": error, "allowed": allowed, "ok": error <= allowed}
-    return Result(**row)
+    return replace(case, error=error, allowed=allowed, ok=error <= allowed)
 
 
 def compare(

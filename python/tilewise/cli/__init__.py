@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 COMMANDS = {
     "info": "versions, devices, and which backend serves each op here",
@@ -21,9 +22,17 @@ class Refusal(Exception):
     """What a command says, in one line and with exit status 2, when it cannot do what was asked."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong argument, as for everything else that cannot be done."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status."""
-    parser = argparse.ArgumentParser(prog="tilewise", description=__doc__)
+    parser = _Parser(prog="tilewise", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     modules = {}
     argv = list(sys.argv[1:] if arguments is None else arguments)
