@@ -34,8 +34,10 @@ FLOORS = [
     {"models"},
     {"verify"},
     {"check"},
+    {"clock", "machine"},
     {"bench", "report"},
     {"cli"},
+    {"__main__"},
 ]
 APART = {"ops"}
 

@@ -98,7 +98,7 @@ def _on_gpu(call: Call, cold: bool) -> Callable[[], tuple[float, float]]:
     for _ in range(3):
         call()
     torch.cuda.synchronize()
-    properties = torch.cuda.get_device_properties()
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     flushed = 4 * properties.L2_cache_size if cold else 0
     flush = torch.empty(flushed, dtype=torch.uint8, device="cuda")
 
