@@ -178,10 +178,8 @@ def check(run: Run) -> None:
                 run.drop("check", f"{name} did not finish")
     right = [name for name, kernel in run.record["kernels"].items() if kernel["verified"]]
     wrong = [name for name in names if name not in right]
-    run.say(
-        "check", f"{len(right)} of {len(names)} kernels are right; not: {', '.join(wrong) or 'none'}",
-        time.monotonic() - begun, ok=not wrong,
-    )  # fmt: skip
+    said = f"{len(right)} of {len(names)} kernels are right; not: {', '.join(wrong) or 'none'}"
+    run.say("check", said, time.monotonic() - begun, ok=not wrong)
 
 
 def test(run: Run) -> None:

@@ -44,9 +44,8 @@ def measured(index):
     green = {}
     for name, call in calls.items():
         verdict = bench.judge(op, call, tensors, options, standard)[direction != "forward"]
-        if verdict.reason:
-            found[name] = verdict.reason
-        else:
+        found[name] = verdict.reason
+        if bench.worth_timing(name, verdict):
             green[name] = bench.thunk(op, call, tensors, options, direction)
     cold = DEVICE == "cuda" and op.flops is None
     return found | clock.interleaved(green, DEVICE, SECONDS_EACH, cold)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from tilewise import bench, machine
-from tilewise.bench import Report, Row
+from tilewise import bench, machine, tune_allocator
+from tilewise.bench import Report, Row, Untimed
 from tilewise.cli.arguments import (
     add_case_arguments,
     named_backend,
@@ -34,6 +34,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--budget", metavar="SECONDS", type=positive, help="drop what takes longer")
     parser.add_argument(
+        "--tuned-allocator", action="store_true", help="call tilewise.tune_allocator() first"
+    )
+    parser.add_argument(
         "--quick", action="store_true",
         help="the first workload of each op, with all threads, without torch.compile",
     )  # fmt: skip
@@ -55,6 +58,8 @@ def run(arguments: Namespace) -> int:
     threads = arguments.threads or default_threads(device, arguments.quick)
     chosen = bench.works(ops, device, dtype, arguments.quick)
     here = machine.describe()
+    if arguments.tuned_allocator:
+        here["allocator"] += ", tuned" if tune_allocator() else ", cannot be tuned"
     steps = bench.run(
         chosen, device, threads, backend=backend, compiled=not arguments.quick,
         seconds_each=QUICK_SECONDS if arguments.quick else 0.5, budget=arguments.budget,
@@ -78,17 +83,12 @@ def default_threads(device: str, quick: bool) -> list[int]:
 def show(report: Report, title: str) -> None:
     """Print what was timed, what was not, and what was dropped."""
     columns = [
-        "op", "direction", "dtype", "size", "provider", "threads", "time", "p10 - p90", "host",
-        "rate", "of roof", "ratio", "error", "peak memory",
+        "op", "direction", "dtype", "size", "provider", "threads", "time", "p10 - p90",
+        "host", "rate", "of roof", "ratio", "error", "peak memory",
     ]  # fmt: skip
     print_table(title, columns, [line(row, report) for row in report.rows])
-    if report.untimed:
-        columns = ["op", "direction", "dtype", "size", "provider", "threads", "why not timed"]
-        reasons = {
-            (u.op, u.direction, u.dtype, size_name(u.size), u.provider, u.threads, u.reason): None
-            for u in report.untimed
-        }
-        print_table("not timed", columns, list(reasons))
+    show_reasons("not timed", report.untimed)
+    show_reasons("timed, but outside the rule of `tilewise check`", report.inexact)
     for roof in report.roofs:
         print(
             f"roof, {roof.dtype}, threads {roof.threads}: copy "
@@ -99,10 +99,21 @@ def show(report: Report, title: str) -> None:
         print(f"dropped to keep the budget: {work}")
 
 
+def show_reasons(title: str, items: Sequence[Untimed]) -> None:
+    """Print each different reason once."""
+    columns = ["op", "direction", "dtype", "size", "provider", "threads", title]
+    rows = {
+        (u.op, u.direction, u.dtype, size_name(u.size), u.provider, u.threads, u.reason): None
+        for u in items
+    }
+    if rows:
+        print_table(title, columns, list(rows))
+
+
 def line(row: Row, report: Report) -> list[str]:
     """A row of the table."""
     roof = report.roof(row.device, row.threads, getattr(torch, row.dtype))
-    share = roof.share(row.seconds, row.bytes, row.flops)
+    share = roof.share(row.fair_seconds, row.bytes, row.flops)
     return [
         row.op,
         row.direction,
@@ -124,8 +135,8 @@ def line(row: Row, report: Report) -> list[str]:
 def rate(row: Row) -> str:
     """Flops a second where a matrix product is what counts, else GB/s."""
     if row.flops:
-        return flop_rate(row.flops / row.seconds)
-    return f"{row.bytes / row.seconds / 1e9:.1f} GB/s" if row.bytes else "-"
+        return flop_rate(row.flops / row.fair_seconds)
+    return f"{row.bytes / row.fair_seconds / 1e9:.1f} GB/s" if row.bytes else "-"
 
 
 def flop_rate(flops_per_second: float) -> str:
