@@ -104,10 +104,11 @@ def kernel_sources(op: Op, room: str, root: Path) -> dict[str, str]:
     launchers = "csrc/launchers.h"
     if launchers in texts:
         rest = "".join(text for name, text in texts.items() if name.endswith(".cu"))
-        texts[launchers] = LAUNCHER.sub(
+        mine = LAUNCHER.sub(
             lambda found: found[0] if re.search(rf"\b{found[1]}\b", rest) else "",
             texts[launchers],
         )
+        texts[launchers] = re.sub(r"\n\n+", "\n", mine)
     return texts
 
 
