@@ -116,7 +116,9 @@ def test_the_ratio_is_pytorch_over_the_provider():
 
 def test_torch_compile_is_a_provider():
     report = run(work(), compiled=True)
-    assert [r.direction for r in report.rows if r.provider == "torch.compile"] == [*bench.DIRECTIONS]
+    assert [r.direction for r in report.rows if r.provider == "torch.compile"] == [
+        *bench.DIRECTIONS
+    ]
 
 
 def test_what_is_wrong_is_not_timed():

@@ -75,7 +75,9 @@ def test_flags_count_for_every_cuda_kernel(checkout):
 
 
 def test_only_its_own_launcher_counts(checkout):
-    foreign = "// A comment.\ncudaError_t other_forward(void* y,\n                          int n);\n\n"
+    foreign = (
+        "// A comment.\ncudaError_t other_forward(void* y,\n                          int n);\n\n"
+    )
     end = "}  // namespace tilewise"
     assert changed_by(checkout, "csrc/launchers.h", end, foreign + end) == set()
     mine = "cudaError_t rms_norm_forward("

@@ -1,7 +1,7 @@
 """`tilewise bench`: time every backend beside PyTorch."""
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 
 from tilewise import bench, machine, tune_allocator
 from tilewise.bench import Report, Row, Untimed
+from tilewise.cli import Refusal
 from tilewise.cli.arguments import (
     add_case_arguments,
     named_backend,
@@ -20,6 +21,7 @@ from tilewise.cli.arguments import (
     write_json,
 )
 from tilewise.cli.console import print_table, with_progress
+from tilewise.report import RESULTS, sources_root
 
 QUICK_SECONDS = 0.1  # for each provider, where 0.5 is the rule
 
@@ -33,6 +35,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="with how many threads, in turn (on a CPU: all, then 1)",
     )  # fmt: skip
     parser.add_argument("--budget", metavar="SECONDS", type=positive, help="drop what takes longer")
+    parser.add_argument(
+        "--save", action="store_true", help="write the results to benchmarks/results/ of a checkout"
+    )
     parser.add_argument(
         "--tuned-allocator", action="store_true", help="call tilewise.tune_allocator() first"
     )
@@ -59,7 +64,9 @@ def run(arguments: Namespace) -> int:
     chosen = bench.works(ops, device, dtype, arguments.quick)
     here = machine.describe()
     if arguments.tuned_allocator:
-        here["allocator"] += ", tuned" if tune_allocator() else ", cannot be tuned"
+        here["allocator"] += ", tuned" if tune_allocator() else ", as it is: no glibc"
+    if arguments.save:
+        file = saved(device, here)
     steps = bench.run(
         chosen, device, threads, backend=backend, compiled=not arguments.quick,
         seconds_each=QUICK_SECONDS if arguments.quick else 0.5, budget=arguments.budget,
@@ -72,6 +79,24 @@ def run(arguments: Namespace) -> int:
     if picture is not None:
         plot(report.rows, picture)
     return 0
+
+
+def saved(device: str, here: Mapping[str, Any]) -> Path:
+    """Where the results of this commit on this device are kept.
+
+    Raises:
+        Refusal: Away from a checkout, or if they are there already: results are never edited.
+    """
+    root = sources_root()
+    if root is None:
+        raise Refusal("--save: must be in a checkout of tilewise, got none")
+    tuned = "-tuned" if here["allocator"].endswith("tuned") else ""
+    name = f"{here['date'][:10]}-{here['commit']}{tuned}.json"
+    file = root / RESULTS / machine.device_name(device) / name
+    if file.exists():
+        raise Refusal(f"--save: must be a new file, got {file}, and results are never edited")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
 
 
 def default_threads(device: str, quick: bool) -> list[int]:

@@ -1,7 +1,5 @@
 """`tilewise build`: compile the CUDA kernels and fill the caches, so that no first call waits."""
 
-import os
-import shutil
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
@@ -20,12 +18,15 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declare the arguments of `tilewise build`."""
     parser.add_argument("ops", nargs="*", metavar="OP", help="an op whose cache to fill (all)")
     parser.add_argument("--force", action="store_true", help="compile even what is built already")
+    parser.add_argument("--only-cuda", action="store_true", help="leave the caches as they are")
 
 
 def run(arguments: Namespace) -> int:
     """Build what can be built here, and say what was done; 1 if the compiler failed."""
     ops = named_ops(arguments.ops)
     status = build_cuda(arguments.force)
+    if arguments.only_cuda:
+        return status
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for place in dict.fromkeys(("cpu", device)):
         for op in with_progress(ops, f"filling the caches on {place}", len(ops)):
@@ -39,8 +40,8 @@ def build_cuda(force: bool) -> int:
     if native.is_built() and not force:
         print("CUDA kernels: built already")
         return 0
-    if not (os.environ.get("CUDACXX") or shutil.which("nvcc")):
-        print("CUDA kernels: not built, there is no nvcc")
+    if lacks := native.missing():
+        print(f"CUDA kernels: not built, needs {lacks}")
         return 0
     begun = time.monotonic()
     try:

@@ -8,6 +8,7 @@ try:
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
+    from rich.text import Text
 except ImportError:  # installed without its dependencies, as on a machine without a network
     CONSOLE = ERRORS = None
 else:
@@ -26,7 +27,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         return
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(str(cell)) for cell in row))
     CONSOLE.print(table)
 
 

@@ -1,0 +1,67 @@
+# demo   see it all work          test   set up and run the tests      check  the long forms too
+# bench  time everything here     gpu    all of it on a GPU            format, docs
+#
+# PYTHON=python3.12        which Python to make .venv from
+# TORCH=installed          use the torch and triton of that Python instead of the pinned ones
+# BUDGET=540 OUT=folder    of `make gpu`: seconds for it all, and where the results go
+
+PYTHON ?= python3
+TORCH ?= pinned
+BUDGET ?= 540
+BIN := .venv/bin
+READY := .venv/ready-$(TORCH)
+ENVIRONMENT := OMP_WAIT_POLICY=passive $(if $(wildcard /dev/nvidia0),,TRITON_INTERPRET=1)
+PYTEST := $(ENVIRONMENT) $(BIN)/python -m pytest -n 2 -q -rfE --timeout 600
+
+.PHONY: demo test check lint bench gpu format docs native
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(BIN)/tilewise demo
+
+test: $(READY)-test native
+	$(PYTEST) -m "not slow"
+
+check: $(READY)-test lint
+	if command -v nvcc; then $(BIN)/tilewise build --only-cuda; fi
+	$(PYTEST)
+
+lint: $(READY)-test
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+bench: $(READY)
+	$(BIN)/tilewise bench --save
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py --budget $(BUDGET) $(if $(OUT),--output "$(OUT)")
+
+format: $(READY)-test
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
+	if command -v clang-format; then clang-format -i $$(git ls-files 'csrc/*'); fi
+
+docs: $(READY)
+	$(BIN)/python docs/pages.py
+
+# The CUDA kernels for one architecture, where there is a compiler; from the cache if unchanged.
+native: $(READY)-test
+	if command -v nvcc; then TILEWISE_CUDA_ARCHS=90a-real $(BIN)/tilewise build --only-cuda; fi
+
+# --- Setting up. The stamps are named by what was installed, and older than the files they hold for.
+
+SITE := $(if $(filter installed,$(TORCH)),--system-site-packages)
+PINS := .venv/constraints-$(TORCH).txt
+
+$(PINS): constraints.txt
+	$(PYTHON) -m venv $(SITE) .venv
+	sed $(if $(SITE),-E '/^(torch|triton|numpy)[=<>]/d',-n p) constraints.txt > $@
+
+$(READY): $(PINS) pyproject.toml setup.py
+	$(BIN)/python -m pip install -c $(PINS) -e .
+	touch $@
+
+$(READY)-test: $(PINS) pyproject.toml setup.py
+	TILEWISE_CUDA=OFF $(BIN)/python -m pip install -c $(PINS) -e '.[test]'
+	touch $@
