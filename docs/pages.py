@@ -118,7 +118,7 @@ def measured(ops: list[str], every: bool) -> Iterator[str]:
             ]
             for row in rows
         ]  # fmt: skip
-        columns = ["op", "direction", "dtype", "size", "threads", "by", "time", "× PyTorch"]
+        columns = ["op", "direction", "dtype", "size", "threads", "by", "time", "faster"]
         yield table(columns, lines)
 
 

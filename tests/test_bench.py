@@ -10,20 +10,17 @@ from tilewise import bench, clock, machine
 from tilewise.check import standard_of
 from tilewise.op import OPS
 
-ROW_KEYS = (
-    "op direction device dtype size provider threads seconds host_seconds p10 p90 ratio bytes "
-    "flops error peak_bytes"
-).split()
+ROW_KEYS = [
+    "op", "direction", "device", "dtype", "size", "provider", "threads", "seconds", "host_seconds",
+    "p10", "p90", "ratio", "bytes", "flops", "error", "peak_bytes",
+]  # fmt: skip
 SIZE = {"rows": 64, "cols": 32}
 SMALL = replace(OPS["rms_norm"], workloads=[SIZE, {"rows": 2, "cols": 8}])
 
 
 def run(*works, threads=(1,), **options):
     options = {"compiled": False, "seconds_each": 0.001, "backend": "numba"} | options
-    report = bench.Report()
-    for report in bench.run(works, "cpu", threads, **options):
-        pass
-    return report
+    return list(bench.run(works, "cpu", threads, **options))[-1]
 
 
 def work(op=SMALL, dtype=torch.float32):
@@ -50,7 +47,13 @@ def test_calls_are_interleaved_and_nobody_always_follows_the_same(monkeypatch):
     samples = clock.interleaved(calls, "cpu", 1e-9)
     assert [len(s.seconds) for s in samples.values()] == [clock.FEWEST] * 3
     timed = "".join(order[-3 * clock.FEWEST :])
-    assert [timed[i : i + 3] for i in range(0, len(timed), 3)] == "abc bca cab abc bca".split()
+    assert [timed[i : i + 3] for i in range(0, len(timed), 3)] == [
+        "abc",
+        "bca",
+        "cab",
+        "abc",
+        "bca",
+    ]
 
 
 def test_the_clock_tells_slow_from_fast():

@@ -1,4 +1,4 @@
-"""The commands: what they print, what they write, how they end, what they say of wrong arguments."""
+"""The commands: what they print and write, how they end, what they say of wrong arguments."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from tilewise.cli import build as build_command
 from tilewise.cli import report as report_command
 from tilewise.op import OPS
 
-CHECK_KEYS = "op backend device dtype size output error allowed ok".split()
+CHECK_KEYS = ["op", "backend", "device", "dtype", "size", "output", "error", "allowed", "ok"]
 ON_CPU = ["--device", "cpu"]
 
 
@@ -64,7 +64,7 @@ WRONG = {
     "bench --threads -1": "tilewise bench: argument --threads: ",
     "info --device tpu": "tilewise info: --device: must be cpu or cuda, got 'tpu'",
     "build nonsense": "tilewise build: OP: must be one of ",
-    "report --json /missing/file": "tilewise report: /missing/file: must be a file in a folder that",
+    "report --json /missing/file": "tilewise report: /missing/file: must be a file in a folder",
     "nonsense": "tilewise: argument COMMAND: invalid choice: 'nonsense'",
     "": "tilewise: the following arguments are required: COMMAND",
 }
