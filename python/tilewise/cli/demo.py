@@ -3,6 +3,7 @@
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -24,14 +25,17 @@ from tilewise.models.training import Progress, advance, begin
 
 SECONDS = 280.0  # for all of it, on two cores
 CHECKED = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
-FALL = 1.0  # nats a token by which the validation loss falls at least
+FALL = 0.5  # nats a token by which the validation loss falls at least
+TRAINING_SECONDS, FEWEST_STEPS, MOST_STEPS = 90.0, 40, 400
 PROMPT = "The "
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the arguments of `tilewise demo`."""
     parser.add_argument("--out", metavar="DIR", help="a new folder (runs/demo-<date and time>)")
-    parser.add_argument("--steps", type=positive, default=200, help="of training (%(default)s)")
+    parser.add_argument(
+        "--steps", type=positive, help="of training (what a minute and a half takes)"
+    )
     parser.add_argument("--device", help="cpu or cuda (cuda where there is one)")
 
 
@@ -80,7 +84,10 @@ def headline(text: str) -> None:
 def check(device: str) -> int:
     """Check the first size of every op; return how many outputs and gradients are wrong."""
     cases: list[Case] = [
-        case for dtype in CHECKED[device] for case in chosen_cases(named_ops([]), None, dtype, True)
+        case
+        for dtype in CHECKED[device]
+        for case in chosen_cases(named_ops([]), None, dtype, quick=True)
+        if device in case[0].backends[case[1]].devices
     ]
     results = [
         r for case in with_progress(cases, "checking", len(cases)) for r in one(case, device)
@@ -89,14 +96,20 @@ def check(device: str) -> int:
     return sum(not result.ok for result in results)
 
 
-def train(folder: Path, steps: int, device: str) -> TrainingRun:
-    """Train on the embedded text, saying how it goes."""
+def train(folder: Path, steps: int | None, device: str) -> TrainingRun:
+    """Train on the embedded text, saying how it goes; without `steps` as far as there is time."""
     settings = TrainingSettings(
         vocab_size=1024, context=96, dim=128, layers=3, heads=4, kv_heads=2, batch=16,
-        steps=steps, warmup=min(20, steps), evaluate_every=max(1, steps // 8),
-        save_every=steps, device=device,
+        steps=steps or MOST_STEPS, device=device,
     )  # fmt: skip
     training = begin(settings, folder)
+    if steps is None:
+        affordable = int(TRAINING_SECONDS / step_seconds(training))
+        steps = min(max(affordable, FEWEST_STEPS), MOST_STEPS)
+    training.settings = replace(
+        training.settings, steps=steps, warmup=min(20, steps),
+        evaluate_every=max(1, steps // 8), save_every=steps,
+    )  # fmt: skip
     count = sum(p.numel() for p in training.model.parameters())
     print(f"{count:,} parameters, {len(training.corpus.training):,} tokens", flush=True)
 
@@ -150,23 +163,33 @@ def race(training: TrainingRun, device: str, seconds: float) -> tuple[list[str],
     return labels, ratios
 
 
+def batch_step(training: TrainingRun, *backends: str) -> None:
+    """Loss and gradients of one batch, by the backends that are preferred."""
+    settings, model = training.settings, training.model.train()
+    inputs, targets = windows(
+        training.corpus.training, context=settings.context, seed=1, first=0, count=settings.batch
+    )
+    with tilewise.backend(*backends):
+        model.loss(inputs.to(training.device), targets.to(training.device)).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def step_seconds(training: TrainingRun) -> float:
+    """About how long a step takes, once the kernels are there."""
+    for _ in range(2):
+        begun = time.perf_counter()
+        batch_step(training)
+        if training.device.type == "cuda":
+            torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
 def step_ratio(training: TrainingRun, device: str) -> float:
     """Loss and gradients of one batch: the time of the references over that of the kernels."""
-    model, settings = training.model.train(), training.settings
-    inputs, targets = (
-        t.to(training.device)
-        for t in windows(
-            training.corpus.training, context=settings.context, seed=1, first=0,
-            count=settings.batch,
-        )
-    )  # fmt: skip
-
-    def step(*backends: str) -> None:
-        with tilewise.backend(*backends):
-            model.loss(inputs, targets).backward()
-        model.zero_grad(set_to_none=True)
-
-    calls = {"plain": partial(step, "reference"), "fused": step}
+    calls: dict[str, clock.Call] = {
+        "plain": partial(batch_step, training, "reference"),
+        "fused": partial(batch_step, training),
+    }
     samples = clock.interleaved(calls, device, 2.0)
     plain, fused = (clock.summary(samples[name])["seconds"] for name in ("plain", "fused"))
     print(f"training step: {duration(fused)} fused, {duration(plain)} plain", flush=True)
