@@ -29,7 +29,7 @@ def directions(op: Op, backend: str) -> str:
         return "no"
     stem = op.backends[backend].module.removeprefix("tilewise.kernels.").replace(".", "/")
     place = ROOT / "kernels" / stem
-    files = place.rglob("*.py") if place.is_dir() else [place.with_suffix(".py")]
+    files = place.rglob("*.py") if place.is_dir() else place.parent.glob(f"{place.name}.py")
     names = {
         node.name
         for file in files

@@ -113,11 +113,11 @@ def kernel_sources(op: Op, room: str, root: Path) -> dict[str, str]:
 
 
 def _files(stem: Path, suffix: str) -> Iterator[Path]:
-    """The file of that name, or all of the folder of that name."""
+    """The file of that name, or all of the folder of that name; nothing if it is yet to come."""
     if stem.is_dir():
         yield from stem.rglob(f"*{suffix}")
-    else:
-        yield stem.with_name(stem.name + suffix)
+    elif (file := stem.with_name(stem.name + suffix)).is_file():
+        yield file
 
 
 def _with_imports(files: list[Path], room: str, root: Path) -> set[Path]:

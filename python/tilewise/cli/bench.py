@@ -200,9 +200,12 @@ def plot(rows: Sequence[Row], file: Path) -> None:
 def draw_ratios(
     axes: Any, labels: Sequence[str], ratios: Sequence[float], names: Sequence[str]
 ) -> None:
-    """Draw one bar each on `axes`, those of a provider in one colour."""
+    """Draw one bar each on `axes`, to the right what is faster; a provider has one colour."""
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(names))}
-    axes.barh(labels, ratios, color=[colours[name] for name in names])
+    lengths = [ratio - 1.0 for ratio in ratios]
+    axes.barh(labels, lengths, left=1.0, color=[colours[name] for name in names])
+    axes.set_xscale("log")
     axes.axvline(1.0, color="black", linewidth=1)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.invert_yaxis()
     axes.set_xlabel("times faster than PyTorch (1 = as fast)")
