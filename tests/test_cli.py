@@ -93,8 +93,10 @@ def test_short_names_of_dtypes():
     assert arguments.named_dtype(None) is None
 
 
-def test_check_is_all_right(tilewise, tmp_path):
+def test_check_is_all_right(tilewise, monkeypatch, tmp_path):
     file = tmp_path / "results.json"
+    some = replace(OPS["rms_norm"], sizes=OPS["rms_norm"].sizes[:4])
+    monkeypatch.setitem(op.OPS, "rms_norm", some)
     status, out, err = tilewise("check", "rms_norm", *ON_CPU, "--json", file)
     assert (status, err) == (0, [])
     rows = json.loads(file.read_text())
