@@ -79,6 +79,15 @@ def test_a_wrong_argument_is_one_line_and_status_2(tilewise, words, said):
     assert err[0].startswith(said)
 
 
+def test_a_missing_dependency_is_named(tilewise, monkeypatch):
+    def absent(name):
+        raise ModuleNotFoundError("no", name="rich")
+
+    monkeypatch.setattr(cli, "import_module", absent)
+    status, _, err = tilewise("train")
+    assert (status, err) == (2, ["tilewise train: needs rich, which is absent"])
+
+
 def test_an_absent_device_is_refused(tilewise, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, _, err = tilewise("check", "--device", "cuda")

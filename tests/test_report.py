@@ -40,7 +40,9 @@ def of(room):
 def test_every_kernel_that_needs_a_gpu_has_a_hash():
     hashes = report.kernel_hashes(ROOT)
     assert set(hashes) == of("cuda") | of("triton")
-    modules = {op.backends[r].module for op in OPS.values() for r in report.ROOMS if r in op.backends}
+    modules = {
+        op.backends[r].module for op in OPS.values() for r in report.ROOMS if r in op.backends
+    }
     assert len(set(hashes.values())) == len(modules)  # a family shares its sources
     assert hashes == report.kernel_hashes(ROOT)
 

@@ -39,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         if name in argv:  # only the one that runs is imported
-            modules[name] = import_module(f"tilewise.cli.{name}")
+            try:
+                modules[name] = import_module(f"tilewise.cli.{name}")
+            except ModuleNotFoundError as missing:  # installed without its dependencies
+                print(f"tilewise {name}: needs {missing.name}, which is absent", file=sys.stderr)
+                return 2
             modules[name].add_arguments(command)
     parsed = parser.parse_args(argv)
     try:

@@ -2,15 +2,17 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
+CONSOLE: Any = None
+ERRORS: Any = None
 try:
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
     from rich.text import Text
 except ImportError:  # installed without its dependencies, as on a machine without a network
-    CONSOLE = ERRORS = None
+    pass
 else:
     # Rich itself honours NO_COLOR, and writes plain text where standard output is no terminal.
     CONSOLE = Console(highlight=False)
