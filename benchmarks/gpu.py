@@ -96,6 +96,18 @@ def last_line(text: str) -> str:
     return lines[-1].strip()[:200] if lines else "it said nothing"
 
 
+def commit() -> str:
+    """The commit of this tree; "unknown" where it came without its history."""
+    if shutil.which("git") is None:
+        return "unknown"
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    if head.returncode:
+        return "unknown"
+    clean = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":!benchmarks/results"])
+    return head.stdout.strip() + ("-changed" if clean.returncode else "")
+
+
 def find_gpu(run: Run) -> list | None:
     """Name and compute capability of the GPU, or None."""
     _, seconds, text = run.execute("device", [sys.executable, "-c", DEVICE], 90)
@@ -265,6 +277,8 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what each phase would do")
     arguments = parser.parse_args()
     run = Run(arguments.budget, arguments.dry_run, Path(tempfile.mkdtemp(prefix="tilewise-gpu-")))
+    os.environ["TILEWISE_COMMIT"] = os.environ.get("TILEWISE_COMMIT") or commit()
+    os.environ["TILEWISE_JIT"] = "0"  # what `build` could not build, nobody tries again
     gpu = find_gpu(run)
     if gpu is None and not run.dry:
         print("make gpu: must have a GPU that PyTorch can use, got none", file=sys.stderr)

@@ -231,7 +231,9 @@ def test_the_machine_is_described(monkeypatch):
     assert all(word.isalnum() for word in name.split("-"))
 
 
-def test_the_commit_is_that_of_the_checkout(monkeypatch):
+def test_the_commit_is_that_of_the_checkout(monkeypatch, tmp_path):
     monkeypatch.delenv("TILEWISE_COMMIT", raising=False)
     head = machine.commit()
     assert head == "unknown" or len(head.removesuffix("-changed")) == 12
+    monkeypatch.setattr(machine, "SOURCE_ROOT", tmp_path)
+    assert machine.commit() == "unknown"

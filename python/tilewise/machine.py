@@ -105,6 +105,8 @@ def commit() -> str:
     """
     if given := os.environ.get("TILEWISE_COMMIT"):
         return given
+    if not (SOURCE_ROOT / "csrc").is_dir():  # installed, maybe within the history of others
+        return "unknown"
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         changed = _git(
