@@ -23,7 +23,7 @@ test: $(READY)-test native
 	$(PYTEST) -m "not slow"
 
 check: $(READY)-test lint
-	if command -v nvcc; then $(BIN)/tilewise build --only-cuda; fi
+	if command -v nvcc >/dev/null; then $(BIN)/tilewise build --only-cuda; fi
 	$(PYTEST)
 
 lint: $(READY)-test
@@ -40,14 +40,14 @@ gpu:
 format: $(READY)-test
 	$(BIN)/python -m ruff format .
 	$(BIN)/python -m ruff check --fix .
-	if command -v clang-format; then clang-format -i $$(git ls-files 'csrc/*'); fi
+	if command -v clang-format >/dev/null; then clang-format -i $$(git ls-files 'csrc/*'); fi
 
 docs: $(READY)
 	$(BIN)/python docs/pages.py
 
 # The CUDA kernels for one architecture, where there is a compiler; from the cache if unchanged.
 native: $(READY)-test
-	if command -v nvcc; then TILEWISE_CUDA_ARCHS=90a-real $(BIN)/tilewise build --only-cuda; fi
+	if command -v nvcc >/dev/null; then TILEWISE_CUDA_ARCHS=90a-real $(BIN)/tilewise build --only-cuda; fi
 
 # --- Setting up. The stamps are named by what was installed, and older than the files they hold for.
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from tilewise import cli, op
 from tilewise.check import Result, cases
@@ -272,8 +271,9 @@ def test_a_built_module_is_left_alone(capsys, monkeypatch):
 def on_terminal(monkeypatch, **environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    rich = pytest.importorskip("rich.console")
     screen = io.StringIO()
-    terminal = Console(file=screen, force_terminal=True, width=80)
+    terminal = rich.Console(file=screen, force_terminal=True, width=80)
     monkeypatch.setattr(console, "CONSOLE", terminal)
     monkeypatch.setattr(console, "ERRORS", terminal)
     console.print_table("title", ["one"], [["[red]two"]])
