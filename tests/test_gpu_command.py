@@ -112,17 +112,27 @@ def test_tests_cut_short_are_said_to_be(run, monkeypatch):
     assert run.record["dropped"] == ["tests: those not reached within the limit"]
 
 
-def test_bench_times_and_keeps_what_was_dropped(run, monkeypatch):
-    rows = [{"op": "rms_norm", "provider": "triton"}, {"op": "rms_norm", "provider": "torch"}]
-    bench = {"rows": rows, "machine": {"roofs": []}, "untimed": [], "dropped": ["late"]}
-    commands = answering(monkeypatch, 0, bench=bench)
+def timed_row(provider, seconds, cols=8):
+    size = {"rows": 1, "cols": cols}
+    return {
+        "op": "rms_norm", "dtype": "bfloat16", "size": size, "provider": provider,
+        "seconds": seconds,
+    }  # fmt: skip
+
+
+def test_bench_times_every_op_before_it_times_at_length(run, monkeypatch):
+    quick = {"rows": [timed_row("triton", 2.0), timed_row("torch", 3.0, cols=9)], "machine": {}}
+    full = {"rows": [timed_row("triton", 1.0)], "machine": {"roofs": []}, "dropped": ["late"]}
+    commands = answering(monkeypatch, 0, quick=quick, bench=full)
     gpu.bench(run)
+    assert ["--quick" in command for command in commands] == [True, False]
     timed = [name for name, kernel in run.record["kernels"].items() if kernel["timed"]]
     assert timed == ["rms_norm/triton"]
+    assert [row["seconds"] for row in run.record["rows"]] == [3.0, 1.0]
     assert run.record["dropped"] == ["bench: late"]
     assert run.record["machine"] == {"commit": "abc", "roofs": []}
-    budget = int(commands[0][commands[0].index("--budget") + 1])
-    assert 0 < budget < run.left
+    for command in commands:
+        assert 0 < int(command[command.index("--budget") + 1]) < run.left
 
 
 @pytest.mark.parametrize("status, kept", [(0, list(KERNELS)), (9, [])])
@@ -146,6 +156,7 @@ def test_phases_without_time_are_dropped_and_said(run, monkeypatch):
         "check: rms_norm/cuda did not finish",
         "check: rms_norm/triton did not finish",
         "tests: the whole suite",
+        "quick: every workload",
         "bench: every workload",
         "memcheck: the smallest sizes",
     ]
