@@ -193,6 +193,8 @@ def test_the_most_important_work_comes_first():
         "rms_norm bfloat16 rows=2 cols=8",
     ]
     assert [str(w) for w in bench.works([SMALL, other], "cpu", quick=True)] == order[:2]
+    product = replace(SMALL, flops=lambda *tensors, **options: 1)
+    assert [w.op for w in bench.works([product, other], "cpu", quick=True)] == [other, product]
     assert all(w.dtype == torch.float64 for w in bench.works([SMALL], "cpu", torch.float64))
 
 
@@ -202,6 +204,21 @@ def test_the_budget_is_kept_and_what_is_dropped_is_said():
     assert report.dropped == [
         f"rms_norm {dtype} rows=64 cols=32" for dtype in ("float32", "bfloat16", "float16")
     ]
+
+
+def test_a_costly_op_does_not_drop_the_cheap_ones(monkeypatch):
+    now = [0.0]
+    seconds = {"a": 60.0, "b": 1.0}
+
+    def measure(work, *rest):
+        now[0] += seconds[work.op.name]
+        return iter(())
+
+    monkeypatch.setattr(bench.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(bench, "_measure", measure)
+    a, b = (work(replace(SMALL, name=name)) for name in "ab")
+    assert run(b, a, b, b, a, budget=90).dropped == [str(a)]
+    assert run(a, b, a, budget=90).dropped == [str(b), str(a)]
 
 
 def test_each_number_of_threads_is_timed_and_the_callers_restored():

@@ -130,7 +130,11 @@ class Report:
 def works(
     ops: Sequence[Op], device: str, dtype: torch.dtype | None = None, quick: bool = False
 ) -> list[Work]:
-    """Every work, the most important first: first workloads before second, first dtypes before."""
+    """Every work, the most important first: first workloads before second, first dtypes before.
+
+    Among equals those with matrix products come last: their references take longest by far.
+    """
+    ops = sorted(ops, key=lambda op: op.flops is not None)
     dtypes = DTYPES[device] if dtype is None else (dtype,)
     found: list[Work] = []
     for i in range(max((len(op.workloads) for op in ops), default=0)):
@@ -169,13 +173,13 @@ def run(
         backend: Only this one beside PyTorch; None is every one that can run.
         compiled: Whether to time torch.compile as well, which takes longest to get ready.
         seconds_each: About how long to spend on each provider, direction and number of threads.
-        budget: Seconds for it all: a work that took longer than what is left would is dropped.
+        budget: Seconds for it all: a work is dropped where its op has taken longer than what is
+            left, or, of an op that is new, where any has.
     """
     report, begun, costs = Report(), time.monotonic(), dict[str, float]()
     for work in chosen:
         left = float("inf") if budget is None else budget - (time.monotonic() - begun)
-        mean = sum(costs.values()) / len(costs) if costs else 0.0
-        if left <= costs.get(work.op.name, mean):
+        if left <= costs.get(work.op.name, min(costs.values(), default=0.0)):
             report.dropped.append(str(work))
             yield report
             continue

@@ -26,16 +26,14 @@ from tilewise.models.training import Progress, advance, begin
 SECONDS = 280.0  # for all of it, on two cores
 CHECKED = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 FALL = 0.5  # nats a token by which the validation loss falls at least
-TRAINING_SECONDS, FEWEST_STEPS, MOST_STEPS = 90.0, 40, 400
+TRAINING_SECONDS, FEWEST_STEPS, MOST_STEPS = 75.0, 40, 400
 PROMPT = "The "
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the arguments of `tilewise demo`."""
     parser.add_argument("--out", metavar="DIR", help="a new folder (runs/demo-<date and time>)")
-    parser.add_argument(
-        "--steps", type=positive, help="of training (what a minute and a half takes)"
-    )
+    parser.add_argument("--steps", type=positive, help="of training (what takes about a minute)")
     parser.add_argument("--device", help="cpu or cuda (cuda where there is one)")
 
 
