@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,3 +36,18 @@ def on_the_device() -> Iterator[None]:
     """Make tensors on the GPU, where there is one, unless told otherwise."""
     with torch.device(DEVICE) if DEVICE != "cpu" else nullcontext():
         yield
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `story.txt` and, in `out`, a tiny decoder that the command trained on it."""
+    from commands import TINY
+
+    from tilewise.cli import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    lines = [f"the cat {i} sat on the mat é 🙂 {i * 7 % 13}" for i in range(120)]
+    (folder / "story.txt").write_text("\n".join(lines), "utf-8")
+    arguments = ["--data", str(folder / "story.txt"), "--out", str(folder / "out")]
+    assert main(["train", *TINY, "--steps", "4", *arguments]) == 0
+    return folder
