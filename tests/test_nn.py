@@ -6,10 +6,10 @@ import pytest
 import torch
 from cases import DEVICE
 from torch import nn
-from yardsticks import assert_right, nudged
+from yardsticks import assert_right
 
 import tilewise.nn
-from tilewise.check import compare
+from tilewise.check import compare, nudged
 
 pytestmark = pytest.mark.usefixtures("on_the_device")
 

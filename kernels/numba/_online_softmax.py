@@ -121,8 +121,11 @@ def softmax_columns(typing_context, scores, stride, keys, factor, highest, total
         none = builder.fcmp_ordered("==", now, constant(vector, float("-inf")))
         base = builder.select(none, constant(vector, 0), now)
         base = builder.fmul(base, factor[0])
-        scaled = _emit_power(builder, before, factor, base)
-        total = _accumulator(builder, builder.fmul(load_vector(builder, total_at), scaled))
+        # As rounded when it was the base of what is in the sums: not in one rounding with `base`.
+        base_before = builder.fmul(before, factor[0])
+        scaled = _emit_exp2(builder, builder.fsub(base_before, base))
+        seen_before = builder.fmul(load_vector(builder, total_at), scaled)
+        total = _accumulator(builder, constant(vector, 0))
 
         def power(row):
             place = builder.mul(row, stride)
@@ -130,7 +133,8 @@ def softmax_columns(typing_context, scores, stride, keys, factor, highest, total
             store_vector(builder, p, scores, place)
             return p
 
-        # Sums of a few are summed: one long sum would be wrong by the root of its length.
+        # Sums of a few are summed, and those of a tile: a long sum is wrong by the root of its
+        # length, and what is wrong here is wrong for all keys alike.
         few = builder.sdiv(keys, INT64(_FEW))
         with cgutils.for_range(builder, few) as loop:
             row = builder.mul(loop.index, INT64(_FEW))
@@ -144,7 +148,7 @@ def softmax_columns(typing_context, scores, stride, keys, factor, highest, total
             builder.store(builder.fadd(builder.load(total), p), total)
 
         store_vector(builder, now, highest_at)
-        store_vector(builder, builder.load(total), total_at)
+        store_vector(builder, builder.fadd(seen_before, builder.load(total)), total_at)
         store_vector(builder, scaled, rescale_at)
         return context.get_dummy_value()
 

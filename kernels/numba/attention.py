@@ -86,8 +86,9 @@ def _write_block(out, highest, total, stage, out_t, stats, cols, row, rows, seq_
             for j in range(cols):
                 store(y, j, zero)
         else:
+            r = 1.0 / np.float64(z)  # in fp32 it would be wrong for the whole row alike
             for j in range(cols):
-                store(y, j, load(x, j) / z)
+                store(y, j, real(stats, np.float64(load(x, j)) * r))
 
 
 @callee
