@@ -201,7 +201,10 @@ def test_a_dry_run_says_what_each_phase_would_do(tmp_path):
     "words, commands",
     [
         ("demo", ["-m venv", "pip install -c", "tilewise demo"]),
-        ("demo TORCH=installed", ["-m venv --system-site-packages", "pip install", "demo"]),
+        (
+            "demo TORCH=installed",
+            ["-m venv --system-site-packages", "pip install", "tilewise demo"],
+        ),
         ("test", ["-m venv", "pip install -c", "'.[test]'", "tilewise build", "-m pytest -n 2"]),
         ("check", ["ruff format --check", "ruff check", "mypy", "tilewise build", "-m pytest"]),
         ("bench", ["tilewise bench --save"]),

@@ -42,8 +42,8 @@ SET, ADD = np.int64(0), np.int64(1)
 UNIT = np.int64(1)
 
 # A sum of products is taken in chains of this many: one long chain is wrong by the root of its
-# length. Against 32 and 16, 64 was no less accurate and 2 and 6 % faster (fp32, D64, 2026-11).
-CHAIN = np.int64(64)
+# length. Chains of 64 are 2 % faster, but dq at D128 was then 1.6 x what the rule allows (fp32).
+CHAIN = np.int64(32)
 
 
 # --- Vectors.

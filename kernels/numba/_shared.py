@@ -26,3 +26,11 @@ def same_layout(x: Tensor, cols: int) -> Tensor:
     order = sorted(range(x.ndim - 1), key=x.stride, reverse=True)
     size = (*x.shape[:-1], cols)
     return torch.empty_permuted(size, (*order, x.ndim - 1), dtype=x.dtype, device=x.device)
+
+
+def thread_scratch(x: Tensor, elements: int) -> tuple[Tensor, Tensor, int]:
+    """A counter, and scratch of `elements` for each thread, on cache lines of its own."""
+    elements = -(-int(elements) // CACHE_LINE) * CACHE_LINE
+    slots = torch.get_num_threads()
+    counter = torch.zeros(1, dtype=torch.int64)
+    return counter, x.new_empty(slots * elements), elements

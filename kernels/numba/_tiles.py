@@ -3,11 +3,12 @@
 import math
 
 import numpy as np
+from torch import Tensor
 
 from tilewise.kernels.numba._matmul import HEIGHT, LANES, lanes, once
 from tilewise.kernels.numba._online_softmax import hide_later
 from tilewise.kernels.numba._parallel import callee
-from tilewise.kernels.numba._simd import load, offset, pointer, real, store
+from tilewise.kernels.numba._simd import address, load, offset, pointer, real, store
 
 ROUND = max(LANES, int(HEIGHT))  # to which sizes are padded in scratch
 FLAG = np.uint8(0)
@@ -103,3 +104,13 @@ def hide(
             query += 1
             if query == seq_q:
                 query, head = 0, head + 1
+
+
+def mask_options(mask: Tensor | None) -> tuple[int, tuple[int, ...], int]:
+    """Its address, its strides with 0 along broadcast dims, and whether it only hides padding."""
+    if mask is None:
+        return 0, (0, 0, 0, 0), 0
+    strides = (
+        0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)
+    )
+    return address(mask), tuple(strides), int(mask.shape[2] == 1)

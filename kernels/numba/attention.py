@@ -29,12 +29,13 @@ from tilewise.kernels.numba._online_softmax import (
     softmax_gradient,
 )
 from tilewise.kernels.numba._parallel import Kernel, callee, take
-from tilewise.kernels.numba._shared import CACHE_LINE, same_layout
+from tilewise.kernels.numba._shared import same_layout, thread_scratch
 from tilewise.kernels.numba._simd import address, kind, load, offset, pointer, real, store
 from tilewise.kernels.numba._tiles import (
     NONE,
     fill,
     hide,
+    mask_options,
     padded,
     read_rows,
     read_tile,
@@ -193,8 +194,10 @@ def _read_statistics(stats, dout, out, highest, total, rows, v_dim, tall, dout_s
         if i < rows and load(total, i) != part:
             top, part = load(highest, i), real(stats, 1) / load(total, i)
             x, y = offset(dout, i * dout_stride), offset(out, i * out_stride)
+            dot = 0.0  # in fp64: what is wrong here is wrong for all keys alike
             for j in range(v_dim):
-                delta += load(x, j) * load(y, j)
+                dot += np.float64(load(x, j)) * np.float64(load(y, j))
+            delta = real(stats, dot)
         store(stats, i, top)
         store(stats, BLOCK + i, part)
         store(stats, 2 * BLOCK + i, delta)
@@ -323,24 +326,6 @@ def _backward(
             write_tile(dv, dv_tile, v_width, first, keys, v_dim, dv_strides[2], one)
 
 
-def _scratch(x: Tensor, elements: int) -> tuple[Tensor, Tensor, int]:
-    """A counter, and scratch of `elements` for each thread, on cache lines of its own."""
-    elements = -(-int(elements) // CACHE_LINE) * CACHE_LINE
-    slots = torch.get_num_threads()
-    counter = torch.zeros(1, dtype=torch.int64)
-    return counter, x.new_empty(slots * elements), elements
-
-
-def _mask_options(mask: Tensor | None) -> tuple[int, tuple[int, ...], int]:
-    """Its address, its strides with 0 along broadcast dims, and whether it only hides padding."""
-    if mask is None:
-        return 0, (0, 0, 0, 0), 0
-    strides = (
-        0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)
-    )
-    return address(mask), tuple(strides), int(mask.shape[2] == 1)
-
-
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -355,11 +340,11 @@ def attention_forward(
     own_padding = mask is not None and mask.shape[2] == 1 and mask.shape[1] > 1
     shared = group if seq_q < BLOCK and not own_padding else 1
     items = batch * heads // shared * -(-seq_q * shared // int(BLOCK))
-    counter, scratch, size = _scratch(
+    counter, scratch, size = thread_scratch(
         highest, (BLOCK + KEYS) * (width + v_width) + KEYS * PANEL + 4 * BLOCK
         + PANEL * max(width, v_width),
     )  # fmt: skip
-    mask_at, mask_strides, padding = _mask_options(mask)
+    mask_at, mask_strides, padding = mask_options(mask)
     _forward(
         torch.get_num_threads(), total.numel() * seq_k, address(counter), items,
         address(scratch), size, address(out), address(highest), address(total),
@@ -383,10 +368,10 @@ def attention_backward(
     tiles = -(-seq_k // int(KEYS))
     parts = min(tiles, max(TASKS // units, 1), max(PART_ELEMENTS // q.numel(), 1))
     sums = total.new_zeros(parts, batch, heads, rounded(seq_q), width)
-    counter, scratch, size = _scratch(
+    counter, scratch, size = thread_scratch(
         total, 2 * (BLOCK + KEYS) * (width + v_width) + 2 * KEYS * BLOCK + 4 * BLOCK
     )
-    mask_at, mask_strides, padding = _mask_options(mask)
+    mask_at, mask_strides, padding = mask_options(mask)
     _backward(
         torch.get_num_threads(), 2 * total.numel() * seq_k, address(counter), units * parts,
         address(scratch), size, address(sums), address(dk), address(dv), address(dout),
