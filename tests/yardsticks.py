@@ -7,12 +7,12 @@ import torch
 from tilewise.check import compare, nudged
 
 
-def nudged_copy(model):
-    """The same model with weights a rounding away."""
+def nudged_copy(model, dtype=None):
+    """The same model with weights a rounding away, of their own dtype or of this one."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for weight in other.parameters():
-            weight.copy_(nudged(weight))
+            weight.copy_(nudged(weight.to(dtype or weight.dtype)))
     return other
 
 

@@ -200,11 +200,12 @@ def initialise(model: nn.Module, branches: int = 1) -> None:
 
     Linear maps are normal with variance `1 / inputs`, those that end a branch with `1 / branches`
     of that, so that a residual stream of so many is no larger than one; biases are 0. Embeddings
-    have a standard deviation of 0.02, as in GPT-2 and BERT.
+    have variance `1 / dim`, as a head that shares them: with GPT-2's 0.02 beside these linear maps
+    the branches drown the token, and 150 steps of the demo end at 5.3 nats rather than 4.6.
     """
     for module in model.modules():
         if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:

@@ -108,7 +108,7 @@ class Decoder(nn.Module):
         x = x + feed_forward(norm(x))
         logits = head(norm(x))
 
-    Weights start as `initialise` says, the head as the embedding.
+    Weights start as `initialise` says.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -127,7 +127,6 @@ class Decoder(nn.Module):
         self.norm = make_norm(config.norm, config.dim, config.eps, config.bias)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         initialise(self, branches=2 * config.layers)
-        nn.init.normal_(self.head.weight, std=0.02)
         if config.tied:
             self.head.weight = self.embedding.weight
 

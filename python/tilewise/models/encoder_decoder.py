@@ -98,8 +98,7 @@ class EncoderDecoder(nn.Module):
         y = layer_norm(y + relu_feed_forward(y))
         logits = head(y)
 
-    Weights start as `initialise` says, but embeddings with variance `1 / dim`, which the scale
-    makes 1, and the head likewise.
+    Weights start as `initialise` says; the scale makes the variance of the embeddings 1.
     """
 
     sinusoids: Tensor
@@ -118,8 +117,6 @@ class EncoderDecoder(nn.Module):
         self.decoder = nn.ModuleList(DecoderBlock(*size) for _ in range(config.layers))
         self.head = nn.Linear(dim, config.vocab_size, bias=False)
         initialise(self)
-        for embedding in (self.source_embedding, self.target_embedding):
-            nn.init.normal_(embedding.weight, std=dim**-0.5)
         if config.shared:
             self.source_embedding.weight = self.target_embedding.weight
             self.head.weight = self.target_embedding.weight

@@ -155,10 +155,12 @@ def cross_entropy_reference(
 
 
 def _reduced(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """In fp64: the loss of a batch, and of a whole model with it, is then wrong by one rounding."""
     if reduction == "none":
         return losses
-    total = _sum_in_order(losses.flatten())
-    return total if reduction == "sum" else total / (target != ignore_index).sum()
+    total = _sum_in_order(losses.flatten().double())
+    total = total if reduction == "sum" else total / (target != ignore_index).sum()
+    return total.to(losses.dtype)
 
 
 def _sum_in_order(values: Tensor) -> Tensor:
