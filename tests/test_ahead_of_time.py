@@ -11,12 +11,22 @@ import tilewise  # noqa: F401  (declares the ops)
 from tilewise.op import INTERPRETED, OPS
 from tilewise.verify.ahead_of_time import ARCHITECTURES, SHARED_LIMIT, compile_triton
 
-# By default one dtype on one architecture; the others differ in the width of a load.
+SPILLS = pytest.mark.xfail(
+    strict=True, reason="dk and dv of fp32 heads up to 64 wide keep 2 to 8 values in local memory"
+)
+
+
+def marks(op, dtype, architecture):
+    """By default one dtype on one architecture; the others differ in the width of a load."""
+    found = [] if (dtype, architecture) == (torch.bfloat16, 90) else [pytest.mark.slow]
+    return [*found, SPILLS] if (op.name, dtype) == ("attention", torch.float32) else found
+
+
 CASES = [
     pytest.param(
         op, dtype, architecture,
         id=f"{op.name}-{dtype}-sm_{architecture}".replace("torch.", ""),
-        marks=[] if (dtype, architecture) == (torch.bfloat16, 90) else [pytest.mark.slow],
+        marks=marks(op, dtype, architecture),
     )
     for op in OPS.values()
     if "triton" in op.backends

@@ -278,14 +278,14 @@ def _options(queries: int, keys: int, warps: int, stages: int) -> dict[str, int]
 
 
 # Blocks of queries and keys, warps and stages by the wider of the two dims, the largest of those
-# tried that ptxas compiles for sm_90 with no access to local memory. Products in true fp32 are made
-# of scalars, and what a loop keeps of them fills the registers.
+# tried that ptxas compiles for sm_80, sm_90 and sm_100 with no access to local memory. Products in
+# true fp32 are made of scalars, and what a loop keeps of them fills the registers.
 _FORWARD = {4: {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 32, 4, 1)},
-            2: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)}}  # fmt: skip
+            2: {64: (64, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)}}  # fmt: skip
 _QUERIES = {4: {64: (32, 32, 8, 1), 128: (16, 16, 4, 2), 256: (16, 16, 8, 2)},
-            2: {64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)}}  # fmt: skip
-_KEYS = {4: {64: (32, 16, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
-         2: {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)}}  # fmt: skip
+            2: {64: (64, 32, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)}}  # fmt: skip
+_KEYS = {4: {64: (32, 16, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
+         2: {64: (32, 32, 8, 1), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)}}  # fmt: skip
 
 
 def _chosen(table: dict, q: Tensor, v: Tensor) -> dict[str, int]:
