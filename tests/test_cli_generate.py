@@ -11,7 +11,8 @@ from commands import PROGRAM, refused
 
 from tilewise.cli import main
 from tilewise.models.checkpoint import load_checkpoint
-from tilewise.models.text import encode
+from tilewise.models.generation import generate
+from tilewise.models.text import encode, stream_text
 
 
 def generated(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -57,13 +58,15 @@ def test_generate_stops_where_the_context_ends(
     trained: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     found = load_checkpoint(trained / "out")
-    prompt = "the cat"
-    arguments = ["--checkpoint", str(trained / "out"), "--prompt", prompt, "--temperature", "0"]
-    assert main(["generate", *arguments]) == 0
+    prompt = encode(found.tokenizer, "the cat")
+    options = ["--checkpoint", str(trained / "out"), "--prompt", "the cat", "--temperature", "0"]
+    assert main(["generate", *options]) == 0
     said = capfd.readouterr()
     assert said.err == "tilewise generate: stopped, for the context of 16 tokens is full\n"
-    drawn = said.out.removeprefix(prompt).removesuffix("\n")
-    assert len(encode(found.tokenizer, prompt)) + len(encode(found.tokenizer, drawn)) <= 17
+    read = torch.tensor([prompt])
+    drawn = [int(t) for t in generate(found.model, read, max_tokens=99, temperature=0.0)]
+    assert len(prompt) + len(drawn) == 17  # the last one need not be read
+    assert said.out == "".join(["the cat", *stream_text(found.tokenizer, iter(drawn)), "\n"])
 
 
 def test_nothing_to_draw_is_the_prompt(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
