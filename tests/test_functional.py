@@ -10,7 +10,6 @@ from test_ops import ops_called
 
 from tilewise import functional
 from tilewise.check import compare
-from tilewise.op import OPS
 
 F = torch.nn.functional
 MASK = torch.rand(5, 6, generator=torch.Generator().manual_seed(0)) > 0.4
@@ -83,12 +82,6 @@ def made(shapes, options, dtype):
     return tensors, options
 
 
-def skip_unless_declared(name):
-    op = {"scaled_dot_product_attention": "attention"}.get(name, name)
-    if op not in OPS:
-        pytest.skip(f"{op}: is not declared")
-
-
 def called(name, module, tensors, options):
     """Value and gradients."""
     leaves = [t if t is None else t.detach().clone().requires_grad_() for t in tensors]
@@ -115,7 +108,6 @@ def as_double(value):
     "name, shapes, options, ours", CASES, ids=lambda v: str(v).replace(" ", "")[:60]
 )
 def test_values_and_gradients(name, shapes, options, ours, dtype):
-    skip_unless_declared(name)
     tensors, options = made(shapes, options, dtype)
     got = called(name, functional, tensors, options)
     plain = called(name, F, tensors, options)
@@ -132,7 +124,6 @@ def test_values_and_gradients(name, shapes, options, ours, dtype):
     "name, shapes, options, ours", CASES, ids=lambda v: str(v).replace(" ", "")[:60]
 )
 def test_our_op_runs_where_it_can(name, shapes, options, ours):
-    skip_unless_declared(name)
     tensors, options = made(shapes, options, torch.float32)
     seen = ops_called(lambda: called(name, functional, tensors, options))
     assert bool(seen) == ours
