@@ -221,6 +221,18 @@ def test_a_costly_op_does_not_drop_the_cheap_ones(monkeypatch):
     assert run(a, b, a, budget=90).dropped == [str(b), str(a)]
 
 
+def test_what_a_stopped_run_has_not_reached_is_dropped():
+    steps = bench.run(
+        [work(), work(dtype=torch.bfloat16), work(dtype=torch.float16)], "cpu", (1,),
+        compiled=False, seconds_each=0.001, backend="numba",
+    )  # fmt: skip
+    document = next(steps).as_json({})
+    assert {row["dtype"] for row in document["rows"]} == {"float32"}
+    assert document["dropped"] == [
+        f"rms_norm {dtype} rows=64 cols=32" for dtype in ("bfloat16", "float16")
+    ]
+
+
 def test_each_number_of_threads_is_timed_and_the_callers_restored():
     before = torch.get_num_threads()
     report = run(work(), threads=(2, 1))

@@ -199,6 +199,24 @@ def test_words_are_by_position():
     assert torch.equal(whole[2, 8:], group[:3])
 
 
+@pytest.mark.parametrize("seed", [7, torch.tensor(7)], ids=["int", "tensor"])
+def test_compiled_draws_are_the_same_bits(seed):
+    """And Philox is one call in the graph: inlined it would take Inductor minutes."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph
+
+    def draw():
+        return rng.philox_words(seed, 3, torch.arange(5), 11)
+
+    compiled = torch.compile(draw, backend=keep, fullgraph=True)
+    assert torch.equal(compiled(), draw())
+    assert ["tilewise.philox" in targets for targets in graphs] == [True]
+    assert torch.equal(torch.compile(draw, fullgraph=True)(), draw())
+
+
 def test_one_seed_and_offset_a_row():
     seeds, offsets = torch.tensor([5, -9, 5]), torch.tensor([0, 1 << 40, 1])
     words = rng.philox_words(seeds, offsets, 0, 9)

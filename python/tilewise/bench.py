@@ -96,7 +96,7 @@ class Report:
         rows: What was timed.
         untimed: What was not, and why: not there, or not right.
         inexact: What of PyTorch's was timed although it fails the rule.
-        dropped: Works for which there was no time.
+        dropped: Works not timed: no time was left, or, in a run that was stopped, not reached.
         roofs: What this machine can do at most.
     """
 
@@ -174,13 +174,13 @@ def run(
         compiled: Whether to time torch.compile as well, which takes longest to get ready.
         seconds_each: About how long to spend on each provider, direction and number of threads.
         budget: Seconds for it all: a work is dropped where its op has taken longer than what is
-            left, or, of an op that is new, where any has.
+            left, or, of an op that is new, where any has. A work once begun is finished.
     """
     report, begun, costs = Report(), time.monotonic(), dict[str, float]()
+    report.dropped += map(str, chosen)
     for work in chosen:
         left = float("inf") if budget is None else budget - (time.monotonic() - begun)
         if left <= costs.get(work.op.name, min(costs.values(), default=0.0)):
-            report.dropped.append(str(work))
             yield report
             continue
         started = time.monotonic()
@@ -195,6 +195,7 @@ def run(
                     late = (item.provider, item.direction) in done
                     (report.inexact if late else report.untimed).append(item)
         costs[work.op.name] = time.monotonic() - started
+        report.dropped.remove(str(work))
         yield report
 
 

@@ -49,7 +49,11 @@ def philox(
     parts = (group & _LOW, row & _LOW, *_low_and_high(offset), *key)
     device = next((part.device for part in parts if isinstance(part, Tensor)), None)
     tensors = [torch.as_tensor(part, dtype=torch.int64, device=device) for part in parts]
-    a, b, c, d, low, high = torch.broadcast_tensors(*tensors)
+    words = torch.broadcast_tensors(*tensors)
+    return torch.ops.tilewise.philox(*words) if torch.compiler.is_compiling() else _rounds(*words)
+
+
+def _rounds(a: Tensor, b: Tensor, c: Tensor, d: Tensor, low: Tensor, high: Tensor) -> Tensor:
     for _ in range(ROUNDS):
         (a_high, a_low), (c_high, c_low) = (
             _multiply(a, MULTIPLIERS[0]),
@@ -58,6 +62,16 @@ def philox(
         a, b, c, d = c_high ^ b ^ low, c_low, a_high ^ d ^ high, a_low
         low, high = (low + KEY_STEPS[0]) & _LOW, (high + KEY_STEPS[1]) & _LOW
     return torch.stack([a, b, c, d], -1)
+
+
+# Opaque to torch.compile: inlined, each word is computed anew for each of its two uses in each of
+# the ten rounds, and Inductor's code for one draw takes minutes and gigabytes.
+_LIBRARY = torch.library.Library("tilewise", "FRAGMENT")
+_LIBRARY.define("philox(Tensor a, Tensor b, Tensor c, Tensor d, Tensor low, Tensor high) -> Tensor")
+_LIBRARY.impl("philox", _rounds, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "tilewise::philox", lambda *words: words[0].new_empty(*words[0].shape, 4), lib=_LIBRARY
+)
 
 
 def philox_words(
