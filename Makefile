@@ -1,9 +1,11 @@
 # demo   see it all work          test   set up and run the tests      check  the long forms too
-# bench  time everything here     gpu    all of it on a GPU            format, docs
+# bench  time everything here     gpu    all of it on a GPU            mutants  break every kernel
+# format, docs
 #
 # PYTHON=python3.12        which Python to make .venv from
 # TORCH=installed          use the torch and triton of that Python instead of the pinned ones
 # BUDGET=540 OUT=folder    of `make gpu`: seconds for it all, and where the results go
+# KERNELS="FILE ..."       of `make mutants`: break these only, e.g. kernels/triton/softmax.py
 
 PYTHON ?= python3
 TORCH ?= pinned
@@ -13,7 +15,7 @@ READY := .venv/ready-$(TORCH)
 ENVIRONMENT := OMP_WAIT_POLICY=passive $(if $(wildcard /dev/nvidia0),,TRITON_INTERPRET=1)
 PYTEST := $(ENVIRONMENT) $(BIN)/python -m pytest -n 2 -q -rfE --timeout 600
 
-.PHONY: demo test check lint bench gpu format docs native
+.PHONY: demo test check lint bench gpu mutants format docs native
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -25,6 +27,9 @@ test: $(READY)-test native
 check: $(READY)-test lint
 	if command -v nvcc >/dev/null; then $(BIN)/tilewise build --only-cuda; fi
 	$(PYTEST)
+
+mutants: $(READY)-test
+	$(BIN)/python tests/mutants.py $(KERNELS)
 
 lint: $(READY)-test
 	$(BIN)/python -m ruff format --check .

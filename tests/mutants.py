@@ -1,0 +1,194 @@
+"""Break every kernel in ways nobody picked, and see whether the tests notice: `make mutants`.
+
+    python tests/mutants.py [KERNEL ...] [--count 10] [--seed 0] [--jobs 2]
+
+A KERNEL is a file, such as `kernels/triton/softmax.py`; without one, all are broken. Each mutation
+of `mutations.draw` is made in a copy of the tree, and the tests of the ops that use the file run
+there until one fails. Prints what was caught and what survived, and ends with 1 if a mutation
+survived that `equivalent_mutants.txt` does not explain.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+from mutations import Mutation, draw
+
+ROOT = Path(__file__).resolve().parents[1]
+EQUIVALENT = Path(__file__).parent / "equivalent_mutants.txt"
+ROOMS = {"kernels/triton": ".py", "kernels/numba": ".py", "csrc/cuda": ".cu"}
+NOT_KERNELS = {"__init__", "_parallel"}
+LIMIT = 600  # seconds for the tests of one mutant: more is a hang
+# What a compiler refuses was never a kernel: it is counted apart.
+REFUSED = re.compile(r"numba\.core\.errors\.|the emulated build failed")
+STILLBORN = "does not compile"
+MODES = {
+    "triton": {"TRITON_INTERPRET": "1"},
+    "numba": {"TRITON_INTERPRET": "0"},
+    "cuda": {"TRITON_INTERPRET": "0", "TILEWISE_EMULATE": "1"},
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A file of kernels, its backend, and the words of the ops that use it."""
+
+    path: str
+    backend: str
+    ops: tuple[str, ...]
+
+    @property
+    def tests(self) -> list[str]:
+        """What pytest is asked to run: the cases of these ops on this backend."""
+        files = [f"tests/properties/test_{op}.py" for op in self.ops]
+        wanted = [f"{op}-{self.backend}" for op in self.ops]
+        wanted += [f"({Path(f).name} and {self.backend})" for f in files if (ROOT / f).is_file()]
+        present = [f for f in files if (ROOT / f).is_file()]
+        return ["tests/test_ops.py", *present, "-k", " or ".join(wanted)]
+
+
+def kernels() -> list[Kernel]:
+    """Every file of kernels there is, with the ops whose file it is or that import it."""
+    found = []
+    for room, suffix in ROOMS.items():
+        files = sorted(p for p in (ROOT / room).glob(f"*{suffix}") if p.stem not in NOT_KERNELS)
+        ops = [p for p in files if not p.stem.startswith("_")]
+        for path in files:
+            shared = re.compile(rf"\b{path.stem} import\b")
+            users = [path] if path in ops else [p for p in ops if shared.search(p.read_text())]
+            names = tuple(p.stem for p in users)
+            if names:
+                backend = Path(room).name
+                found.append(Kernel(str(path.relative_to(ROOT)), backend, names))
+    return found
+
+
+def explained() -> dict[str, str]:
+    """Mutations that change no result, each with the reason: `reason` lines, then theirs."""
+    reasons: dict[str, str] = {}
+    reason = ""
+    for line in EQUIVALENT.read_text("utf-8").splitlines() if EQUIVALENT.is_file() else ():
+        if line.startswith("# "):
+            reason = line[2:]
+        elif line:
+            reasons[line] = reason
+    return reasons
+
+
+def unnumbered(mutation: Mutation) -> str:
+    """Its text without the line, which moves."""
+    return str(mutation).replace(f":{mutation.line}:", ":", 1)
+
+
+def copy_tree(folder: Path) -> Path:
+    """A copy of what is under version control, importable without installing."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    for room in ("triton", "cuda", "numba"):
+        (folder / "python/tilewise/kernels" / room).symlink_to(folder / "kernels" / room)
+    return folder
+
+
+def run_tests(kernel: Kernel, tree: Path) -> str:
+    """ "passed", or how the tests noticed."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | MODES[kernel.backend] | {
+            "PYTHONPATH": str(tree / "python"), "NUMBA_CACHE_DIR": cache,
+            "OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        try:
+            run = subprocess.run(
+                [*command, *kernel.tests], cwd=tree, env=environment, timeout=LIMIT,
+                capture_output=True, text=True,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return "hangs"
+    if run.returncode == 0:
+        return "passed"
+    if run.returncode == 1 and REFUSED.search(run.stdout):
+        return STILLBORN
+    if run.returncode == 1:
+        failed = re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py::\S+)", run.stdout, re.MULTILINE)
+        return failed.group(1) if failed else "fails"
+    if run.returncode < 0 or run.returncode > 128:
+        return "crashes"
+    raise RuntimeError(f"{kernel.path}: pytest ended with {run.returncode}\n{run.stdout[-2000:]}")
+
+
+def trials(chosen: list[Kernel], count: int, seed: int, jobs: int) -> Iterator[tuple]:
+    """(mutation, how it was noticed) of each; before a kernel's, (kernel, outcome) unbroken."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        trees: Queue[Path] = Queue()
+        for i in range(jobs):
+            trees.put(copy_tree(Path(folder) / str(i)))
+
+        def try_one(kernel: Kernel, mutation: Mutation | None) -> tuple:
+            tree = trees.get()
+            file, source = tree / kernel.path, (ROOT / kernel.path).read_text("utf-8")
+            try:
+                if mutation is not None:
+                    file.write_text(mutation.apply(source), "utf-8")
+                return mutation or kernel, run_tests(kernel, tree)
+            finally:
+                file.write_text(source, "utf-8")
+                trees.put(tree)
+
+        work = [
+            (kernel, mutation)
+            for kernel in chosen
+            for mutation in (None, *draw(ROOT / kernel.path, kernel.path, count, seed))
+        ]
+        yield from pool.map(try_one, *zip(*work, strict=True))
+
+
+def main() -> int:
+    """Break what was asked for and say what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kernels", metavar="KERNEL", nargs="*")
+    parser.add_argument("--count", type=int, default=10, help="mutations of each (10)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    chosen = [k for k in kernels() if not arguments.kernels or k.path in arguments.kernels]
+    if not chosen:
+        parser.error(f"KERNEL must be one of {', '.join(k.path for k in kernels())}")
+
+    reasons, tally, survivors = explained(), Counter(), []
+    for broken, noticed in trials(chosen, arguments.count, arguments.seed, arguments.jobs):
+        if isinstance(broken, Kernel):
+            if noticed != "passed":
+                raise SystemExit(f"{broken.path}: its tests must pass unbroken, got {noticed}")
+            continue
+        verdict = {"passed": "survived", STILLBORN: "stillborn"}.get(noticed, "caught")
+        if verdict == "survived" and unnumbered(broken) in reasons:
+            verdict, noticed = "equivalent", reasons[unnumbered(broken)]
+        elif verdict == "survived":
+            survivors.append(broken)
+        tally[verdict] += 1
+        print(f"{verdict:10} {broken}   [{noticed}]", flush=True)
+    relevant = tally["caught"] + tally["survived"]
+    share = tally["caught"] / relevant if relevant else 1.0
+    apart = f"{tally['equivalent']} equivalent, {tally['stillborn']} stillborn"
+    print(f"caught {tally['caught']} of {relevant} ({share:.1%}), {apart}")
+    for mutation in survivors:
+        print(f"survived: {mutation}")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

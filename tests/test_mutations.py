@@ -1,0 +1,107 @@
+"""The breaker of kernels: the same breaks for a seed, one place each, of every kind."""
+
+import ast
+
+import mutants
+import pytest
+from mutations import Mutation, draw, of_cuda, of_python
+
+KERNEL = '''
+def kernel(y_ptr, x_ptr, y_stride, x_stride, cols):
+    """One row."""
+    row = tl.program_id(0)
+    mask = tl.arange(0, 4) < cols
+    x = tl.load(x_ptr + row * x_stride, mask=mask, other=0.0)
+    total = tl.sum(tl.where(mask, -x, 0.0))
+    total *= 2
+    tl.store(y_ptr, tl.maximum(total, x))
+
+
+def row_options(cols):
+    return cols + 1
+'''
+LAUNCH = "__global__ void kernel(float* y, int y_stride, int x_stride) {"
+CUDA = LAUNCH + " if (x_stride < 3) return; y[0] = fmaxf(y[1] * 2.0f, 1); __syncthreads(); }"
+
+
+def changes(source, find=of_python):
+    return {(m.kind, m.before, m.after) for m in find(source, "file")}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("operator", "row * x_stride", "(row) + (x_stride)"),
+        ("dropped", "row * x_stride", "(row)"),
+        ("comparison", "tl.arange(0, 4) < cols", "(tl.arange(0, 4)) <= (cols)"),
+        ("forgotten", "tl.load(x_ptr + row * x_stride, mask=mask, other=0.0)",
+         "tl.load(x_ptr + row * x_stride, other=0.0)"),
+        ("function", "tl.sum(tl.where(mask, -x, 0.0))", "tl.max(tl.where(mask, -x, 0.0))"),
+        ("no condition", "tl.where(mask, -x, 0.0)", "(-x)"),
+        ("no limit", "tl.maximum(total, x)", "(total)"),
+        ("no accumulation", "total *= 2", "total = 2"),
+        ("sign", "-x", "(x)"),
+        ("constant", "4", "5"),
+        ("left out", "tl.store(y_ptr, tl.maximum(total, x))", "pass"),
+        ("wrong argument", "x_stride", "y_stride"),
+    ],
+    ids=lambda change: change[0],
+)  # fmt: skip
+def test_python_is_broken_in_every_way(change):
+    assert change in changes(KERNEL)
+
+
+def test_what_changes_no_result_is_left_alone():
+    assert all("cols + 1" not in before for _, before, _ in changes(KERNEL))
+    assert all("One row" not in before for _, before, _ in changes(KERNEL))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("operator", "y[1] * 2.0f", "y[1] + 2.0f"),
+        ("dropped", "y[1] * 2.0f", "y[1]"),
+        ("operator", "x_stride < 3", "x_stride <= 3"),
+        ("constant", "3", "4"),
+        ("function", "fmaxf(y[1] * 2.0f, 1)", "fminf(y[1] * 2.0f, 1)"),
+        ("left out", "__syncthreads();", ";"),
+        ("wrong argument", "x_stride", "y_stride"),
+    ],
+    ids=lambda change: f"{change[0]}-{change[1]}",
+)
+def test_cuda_is_broken_in_every_way(change):
+    assert change in changes(CUDA, of_cuda)
+
+
+def test_a_mutation_changes_its_place_alone():
+    source = (mutants.ROOT / "kernels/triton/softmax.py").read_text()
+    for mutation in of_python(source, "softmax.py"):
+        broken = mutation.apply(source)
+        assert broken != source
+        assert broken.startswith(source[: mutation.start])
+        assert broken.endswith(source[mutation.end :])
+        ast.parse(broken)
+
+
+def test_a_seed_draws_the_same_again():
+    path = mutants.ROOT / "kernels/numba/rms_norm.py"
+    first, again, other = (draw(path, "rms_norm.py", 10, seed) for seed in (0, 0, 1))
+    assert first == again != other
+    assert len(set(first)) == 10
+
+
+def test_every_kernel_is_broken():
+    found = {kernel.path: kernel for kernel in mutants.kernels()}
+    assert found["kernels/triton/softmax.py"].backend == "triton"
+    assert found["kernels/numba/_online_softmax.py"].ops == ("attention",)
+    assert found["csrc/cuda/rms_norm.cu"].tests[0] == "tests/test_ops.py"
+    for kernel in found.values():
+        assert len(draw(mutants.ROOT / kernel.path, kernel.path, 10, 0)) >= 5, kernel
+
+
+def test_an_explanation_outlives_a_new_line_number(tmp_path, monkeypatch):
+    file = tmp_path / "equivalent.txt"
+    file.write_text("# only a threshold\na.py: constant: 1 -> 2\n")
+    monkeypatch.setattr(mutants, "EQUIVALENT", file)
+    mutation = Mutation("a.py", 77, "constant", 0, 1, "1", "2")
+    assert mutants.explained()[mutants.unnumbered(mutation)] == "only a threshold"
