@@ -273,24 +273,27 @@ def _width(dim: int) -> int:
     return max(triton.next_power_of_2(dim), 16)  # the least that tl.dot takes
 
 
-def _options(queries: int, keys: int, warps: int, stages: int) -> dict[str, int]:
-    return {"QUERIES": queries, "KEYS": keys, "num_warps": warps, "num_stages": stages}
-
-
-# Blocks of queries and keys, warps and stages by the wider of the two dims, the largest of those
-# tried that ptxas compiles for sm_80, sm_90 and sm_100 with no access to local memory. Products in
-# true fp32 are made of scalars, and what a loop keeps of them fills the registers.
-_FORWARD = {4: {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 32, 4, 1)},
+# Blocks of queries and keys, warps and stages by bytes an element and the wider of the two dims, the
+# largest of those tried that ptxas compiles for sm_80, sm_90 and sm_100 with no access to local
+# memory. Products in true fp32 are made of scalars, and what a loop keeps of them fills the registers.
+_FORWARD = {4: {64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 32, 8, 1)},
             2: {64: (64, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)}}  # fmt: skip
 _QUERIES = {4: {64: (32, 32, 8, 1), 128: (16, 16, 4, 2), 256: (16, 16, 8, 2)},
             2: {64: (64, 32, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)}}  # fmt: skip
-_KEYS = {4: {64: (32, 16, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
+_KEYS = {4: {64: (32, 64, 8, 1), 128: (32, 16, 8, 1), 256: (16, 32, 8, 1)},
          2: {64: (32, 32, 8, 1), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)}}  # fmt: skip
 
 
-def _chosen(table: dict, q: Tensor, v: Tensor) -> dict[str, int]:
-    widest = max(_width(q.shape[-1]), _width(v.shape[-1]), 64)
-    return _options(*table[q.itemsize][widest])
+def _options(table: dict, q: Tensor, v: Tensor) -> dict[str, int | None]:
+    dim, v_dim, registers = _width(q.shape[-1]), _width(v.shape[-1]), None
+    if q.itemsize == 4:
+        dim = v_dim = max(dim, v_dim)  # unequal, they are more kernels than these were tried for
+        registers = 255  # left to itself ptxas takes fewer, to fit more blocks, and spills
+    queries, keys, warps, stages = table[q.itemsize][max(dim, v_dim, 64)]
+    return {
+        "DIM": dim, "V_DIM": v_dim, "QUERIES": queries, "KEYS": keys,
+        "num_warps": warps, "num_stages": stages, "maxnreg": registers,
+    }  # fmt: skip
 
 
 def _scaling(scale: float) -> tuple[float, float]:
@@ -318,13 +321,13 @@ def attention_forward(
     highest = q.new_empty(q.shape[:3], dtype=torch.float32)
     total = torch.empty_like(highest)
     flags, mask_strides, kind = _mask_options(mask, q)
-    options = _chosen(_FORWARD, q, v)
+    options = _options(_FORWARD, q, v)
     options["QUERIES"] = min(options["QUERIES"], max(triton.next_power_of_2(seq_q), 16))
     _forward_kernel[(triton.cdiv(seq_q, options["QUERIES"]), batch * heads)](
         out, highest, total, q, k, v, flags, heads, heads // kv_heads, seq_q, seq_k, dim, v_dim,
         *out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides,
         *_scaling(scale),
-        CAUSAL=causal, MASK=kind, DIM=_width(dim), V_DIM=_width(v_dim), **options,
+        CAUSAL=causal, MASK=kind, **options,
     )  # fmt: skip
     return out, highest, total
 
@@ -339,19 +342,17 @@ def attention_backward(
     dq, dk, dv = same_layout(q, dim), same_layout(k, dim), same_layout(v, v_dim)
     delta = torch.empty_like(total)
     flags, mask_strides, kind = _mask_options(mask, q)
-    shared = {
-        "CAUSAL": causal, "MASK": kind, "DIM": _width(dim), "V_DIM": _width(v_dim),
-    }  # fmt: skip
+    shared = {"CAUSAL": causal, "MASK": kind}
     sizes = heads // kv_heads, seq_q, seq_k, dim, v_dim
     rest = (
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides, *_scaling(scale), scale
     )  # fmt: skip
-    options = _chosen(_QUERIES, q, v) | shared
+    options = _options(_QUERIES, q, v) | shared
     _queries_backward_kernel[(triton.cdiv(seq_q, options["QUERIES"]), batch * heads)](
         dq, delta, dout, q, k, v, flags, out, highest, total, heads, *sizes,
         *dq.stride()[:3], *dout.stride()[:3], *out.stride()[:3], *rest, **options,
     )  # fmt: skip
-    options = _chosen(_KEYS, q, v) | shared
+    options = _options(_KEYS, q, v) | shared
     _keys_backward_kernel[(triton.cdiv(seq_k, options["KEYS"]), batch * kv_heads)](
         dk, dv, dout, q, k, v, flags, delta, highest, total, kv_heads, *sizes,
         *dk.stride()[:3], *dv.stride()[:3], *dout.stride()[:3], *rest, **options,

@@ -293,6 +293,8 @@ ATTENTION = declare(
             _TINY | {"seq_q": 67, "seq_k": 131, "dim": 40, "v_dim": 16, "causal": True},
             _TINY | {"seq_q": 131, "seq_k": 67, "dim": 24, "v_dim": 40, "causal": True},
             _TINY | {"seq_q": 33, "seq_k": 65, "dim": 128},
+            _TINY | {"seq_q": 18, "seq_k": 33, "dim": 256},
+            _TINY | {"seq_q": 20, "seq_k": 40, "dim": 192, "v_dim": 128, "causal": True},
             _TINY | {"batch": 2, "seq_q": 17, "seq_k": 135, "dim": 16, "mask": "bk"},  # padding
             _TINY | {"batch": 2, "seq_q": 5, "seq_k": 20, "dim": 8, "mask": "hk"},
             _TINY | {"batch": 2, "seq_q": 20, "seq_k": 33, "dim": 8, "mask": "bhqk"},
