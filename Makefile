@@ -58,10 +58,12 @@ native: $(READY)-test
 
 SITE := $(if $(filter installed,$(TORCH)),--system-site-packages)
 PINS := .venv/constraints-$(TORCH).txt
+# Theirs to say: against a pin that it refuses, pip would replace the torch that is installed.
+THEIRS := torch|triton|numpy|setuptools
 
 $(PINS): constraints.txt
 	$(PYTHON) -m venv $(SITE) .venv
-	sed $(if $(SITE),-E '/^(torch|triton|numpy)[=<>]/d',-n p) constraints.txt > $@
+	sed $(if $(SITE),-E '/^($(THEIRS))[=<>]/d',-n p) constraints.txt > $@
 
 $(READY): $(PINS) pyproject.toml setup.py
 	$(BIN)/python -m pip install -c $(PINS) -e .

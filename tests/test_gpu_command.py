@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -220,3 +221,16 @@ def test_make(tmp_path, words, commands):
     )
     places = [done.stdout.index(command) for command in commands]
     assert places == sorted(places)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not here")
+def test_make_pins_nothing_that_an_installed_torch_may_refuse(tmp_path):
+    for name in ("Makefile", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    pins = tmp_path / ".venv" / "constraints-installed.txt"
+    pins.parent.mkdir()
+    make = ["make", "PYTHON=:", "TORCH=installed", str(pins.relative_to(tmp_path))]
+    subprocess.run(make, cwd=tmp_path, check=True)
+    pinned = set(re.findall(r"^[\w-]+", pins.read_text(), re.MULTILINE))
+    assert "numba" in pinned
+    assert not pinned & {"torch", "triton", "numpy", "setuptools"}
