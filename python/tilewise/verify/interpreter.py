@@ -1,8 +1,8 @@
 """Triton's interpreter, repaired where it computes bfloat16 wrongly.
 
 As shipped (3.6 to 3.9) it truncates fp32 to bf16 where hardware rounds to nearest even, and
-multiplies bf16 matrices as the 16-bit integers that it stores them in. That of 3.6 also fails on
-every loop to a runtime bound beside NumPy 2.4 or newer.
+multiplies bf16 matrices as the 16-bit integers that it stores them in. Beside NumPy 2.4 or newer,
+that of 3.6 also fails on every loop to a runtime bound and every complement of an unsigned integer.
 """
 
 from typing import Any
@@ -29,6 +29,7 @@ def repair() -> None:
     if getattr(builder, "tilewise_repaired", False):
         return
     cast, convert, dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
+    all_ones = builder.get_all_ones_value
 
     def cast_impl(self: Any, source: Any, dst_type: Any) -> Any:
         if source.dtype.scalar == tl.bfloat16 and dst_type.scalar != tl.bfloat16:
@@ -51,10 +52,17 @@ def repair() -> None:
         )
         return dot(self, a, b, *rest)
 
+    def get_all_ones_value(self: Any, of: Any) -> Any:
+        dtype = interpreter._get_np_dtype(of)
+        if dtype.kind == "u":  # as shipped this is -1 of that type, which NumPy 2 refuses
+            return handle(np.full(1, np.iinfo(dtype).max, dtype), of.scalar)
+        return all_ones(self, of)
+
     # The create_* casts of the builder look cast_impl up on self, so replacing it is enough.
     builder.cast_impl = cast_impl
     builder.create_fp_to_fp = create_fp_to_fp
     builder.create_dot = create_dot
+    builder.get_all_ones_value = get_all_ones_value
     builder.tilewise_repaired = True
 
     patch = interpreter._patch_lang_tensor
