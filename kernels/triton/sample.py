@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tilewise.kernels.triton._philox import philox_words, uniform
+from tilewise.kernels.triton._shared import FUSED
 
 DIGIT = tl.constexpr(256)
 LARGE = tl.constexpr(3e38)
@@ -179,6 +180,6 @@ def sample_forward(
         vocab, logits.stride(0), float(temperature), top_k, float(top_p), seed, offset,
         SEED_STRIDE=0 if seeds is None else seeds.ndim,
         OFFSET_STRIDE=0 if offsets is None else offsets.ndim,
-        BLOCK=block, num_warps=max(block // 128, 1),
+        BLOCK=block, num_warps=max(block // 128, 1), **FUSED,
     )  # fmt: skip
     return tokens
