@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tilewise.kernels.triton._shared import same_layout
+from tilewise.kernels.triton._shared import FUSED, same_layout
 
 LOG2_E = math.log2(math.e)
 
@@ -292,7 +292,7 @@ def _options(table: dict, q: Tensor, v: Tensor) -> dict[str, int | None]:
     queries, keys, warps, stages = table[q.itemsize][max(dim, v_dim, 64)]
     return {
         "DIM": dim, "V_DIM": v_dim, "QUERIES": queries, "KEYS": keys,
-        "num_warps": warps, "num_stages": stages, "maxnreg": registers,
+        "num_warps": warps, "num_stages": stages, "maxnreg": registers, **FUSED,
     }  # fmt: skip
 
 
