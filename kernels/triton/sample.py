@@ -146,6 +146,7 @@ def _sample_kernel(
     token, top, is_nan = _first(x_ptr, vocab, BLOCK)
     can = (t >= 0) & (t < float("inf")) & (k >= 0) & (p >= 0) & (p <= 1)
     can = can & (top > float("-inf")) & (is_nan == 0)
+    token = tl.where(can, token, -1)  # now: `can` alive to the end is a spill
     if can & (t > 0) & (k != 1) & (p > 0):
         inverse = tl.minimum(1.0 / t, LARGE)
         least, stop = tl.cast(float("-inf"), tl.float32), tl.cast(0, tl.int32)
@@ -163,7 +164,7 @@ def _sample_kernel(
             if p < 1:
                 before = _mass_before(x_ptr, vocab, top, inverse, least, stop, BLOCK)
 
-    tl.store(tokens_ptr + row, tl.where(can, token, -1).to(tl.int64))
+    tl.store(tokens_ptr + row, token.to(tl.int64))
 
 
 def sample_forward(
