@@ -148,10 +148,10 @@ def _sample_kernel(
     can = can & (top > float("-inf")) & (is_nan == 0)
     token = tl.where(can, token, -1)  # now: `can` alive to the end is a spill
     if can & (t > 0) & (k != 1) & (p > 0):
-        inverse = tl.minimum(1.0 / t, LARGE)
         least, stop = tl.cast(float("-inf"), tl.float32), tl.cast(0, tl.int32)
         if (k > 0) & (k < vocab):
             least, stop = _cut_to_top_k(x_ptr, vocab, k, BLOCK)
+        inverse = tl.minimum(1.0 / t, LARGE)  # not before: alive in there it is a spill
         goal = tl.cast(float("inf"), tl.float32)
         if p < 1:
             goal = p * _mass_before(x_ptr, vocab, top, inverse, least, stop, BLOCK)
