@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tilewise.kernels.triton._shared import FUSED
+from tilewise.kernels.triton._shared import launch_options
 
 
 def element_options(*tensors: Tensor) -> tuple[tuple[int], int, dict[str, int]]:
@@ -15,7 +15,7 @@ def element_options(*tensors: Tensor) -> tuple[tuple[int], int, dict[str, int]]:
     rows, cols = tensors[0].shape
     if rows == 1 or all(t.stride(0) == cols for t in tensors):
         rows, cols = 1, rows * cols
-    options = {"BLOCK": 1024, "num_warps": 4, **FUSED}  # 16 bytes of bf16 a thread
+    options = {"BLOCK": 1024, **launch_options(4)}  # 16 bytes of bf16 a thread
     return (rows * triton.cdiv(cols, options["BLOCK"]),), cols, options
 
 

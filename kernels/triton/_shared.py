@@ -1,25 +1,33 @@
-"""What the kernels share: an option of every launch, blocks and warps for a row, a layout."""
+"""What the kernels share: the options of every launch, blocks and warps for a row, a layout."""
 
 import torch
 import triton
 from torch import Tensor
 
-# Part of every launch: a product and its sum are one instruction. Triton up to 3.9 makes them so
-# unless told otherwise, newer versions only where told to.
-FUSED = {"enable_fp_fusion": True}
+
+def launch_options(warps: int) -> dict[str, int | bool]:
+    """What every launch says, so that no version of Triton or ptxas chooses for itself.
+
+    A product and its sum are one instruction: newer versions than 3.9 must be told. And ptxas may
+    take all registers that such a block can have: else it aims at more blocks at a time, and keeps
+    a handful of values in local memory (dk and dv in fp32, rms_norm's dx in bf16 for sm_100).
+    """
+    registers = min(65536 // (32 * warps), 255)
+    return {"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": True}
+
 
 MAX_PARTS = 256  # not a function of the GPU, so that the bits of a weight's gradient are not either
 
 # Columns that a program can hold in registers; above, backward spills (sm_80 and sm_90, fp32 and
 # bf16: 18 to 74 local accesses at 16384, none at 8192), so wider rows are taken in blocks.
 WIDEST_BLOCK = 8192
-WIDE_ROW = {"BLOCK": 4096, "num_warps": 8, **FUSED}
+WIDE_ROW = {"BLOCK": 4096, **launch_options(8)}
 
 
 def row_options(cols: int) -> dict[str, int]:
     """One program a row: the row in one block, 512 elements a warp."""
     block = triton.next_power_of_2(cols)
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16), **FUSED}
+    return {"BLOCK": block, **launch_options(min(max(block // 512, 1), 16))}
 
 
 def same_layout(x: Tensor, cols: int) -> Tensor:

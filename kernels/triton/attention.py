@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tilewise.kernels.triton._shared import FUSED, same_layout
+from tilewise.kernels.triton._shared import launch_options, same_layout
 
 LOG2_E = math.log2(math.e)
 
@@ -273,9 +273,9 @@ def _width(dim: int) -> int:
     return max(triton.next_power_of_2(dim), 16)  # the least that tl.dot takes
 
 
-# Blocks of queries and keys, warps and stages by bytes an element and the wider of the two dims, the
-# largest of those tried that ptxas compiles for sm_80, sm_90 and sm_100 with no access to local
-# memory. Products in true fp32 are made of scalars, and what a loop keeps of them fills the registers.
+# Blocks of queries and keys, warps and stages by bytes an element and the wider of the two dims,
+# the largest of those tried that ptxas compiles for sm_80, sm_90 and sm_100 with no access to local
+# memory. Products in true fp32 are made of scalars; what a loop keeps of them fills the registers.
 _FORWARD = {4: {64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 32, 8, 1)},
             2: {64: (64, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)}}  # fmt: skip
 _QUERIES = {4: {64: (32, 32, 8, 1), 128: (16, 16, 4, 2), 256: (16, 16, 8, 2)},
@@ -284,15 +284,14 @@ _KEYS = {4: {64: (32, 64, 8, 1), 128: (32, 16, 8, 1), 256: (16, 32, 8, 1)},
          2: {64: (32, 32, 8, 1), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)}}  # fmt: skip
 
 
-def _options(table: dict, q: Tensor, v: Tensor) -> dict[str, int | None]:
-    dim, v_dim, registers = _width(q.shape[-1]), _width(v.shape[-1]), None
+def _options(table: dict, q: Tensor, v: Tensor) -> dict[str, int | bool]:
+    dim, v_dim = _width(q.shape[-1]), _width(v.shape[-1])
     if q.itemsize == 4:
         dim = v_dim = max(dim, v_dim)  # unequal, they are more kernels than these were tried for
-        registers = 255  # left to itself ptxas takes fewer, to fit more blocks, and spills
     queries, keys, warps, stages = table[q.itemsize][max(dim, v_dim, 64)]
     return {
         "DIM": dim, "V_DIM": v_dim, "QUERIES": queries, "KEYS": keys,
-        "num_warps": warps, "num_stages": stages, "maxnreg": registers, **FUSED,
+        "num_stages": stages, **launch_options(warps),
     }  # fmt: skip
 
 

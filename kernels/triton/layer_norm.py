@@ -201,9 +201,8 @@ def layer_norm_backward(
             HAS_WEIGHT=has_weight, **row_options(cols),
         )  # fmt: skip
     else:
-        options = WIDE_ROW | {"num_warps": 16}  # 8 spill in fp16 for sm_80 with triton 3.9
         _backward_wide_kernel[(rows,)](
-            dx, dy, x, given, mean, rstd, cols, *strides, HAS_WEIGHT=has_weight, **options
+            dx, dy, x, given, mean, rstd, cols, *strides, HAS_WEIGHT=has_weight, **WIDE_ROW
         )
         if has_weight:
             blocks = triton.cdiv(cols, WIDE_ROW["BLOCK"])

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tilewise.kernels.triton._shared import FUSED
+from tilewise.kernels.triton._shared import launch_options
 
 HEADS = 4  # of one program: it reads the tables once for all of them
 TILE = 1024  # pairs of one head at a time: 8 a thread, which is 16 bytes of a half
@@ -100,8 +100,7 @@ def _options(dim: int, half: int) -> dict[str, int]:
         "ROWS": max(TILE // block, 1),
         "BLOCK": block,
         "REST_BLOCK": triton.next_power_of_2(max(rest, 1)),
-        "num_warps": 4,
-        **FUSED,
+        **launch_options(4),
     }
 
 

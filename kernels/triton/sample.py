@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tilewise.kernels.triton._philox import philox_words, uniform
-from tilewise.kernels.triton._shared import FUSED
+from tilewise.kernels.triton._shared import launch_options
 
 DIGIT = tl.constexpr(256)
 LARGE = tl.constexpr(3e38)
@@ -146,12 +146,11 @@ def _sample_kernel(
     token, top, is_nan = _first(x_ptr, vocab, BLOCK)
     can = (t >= 0) & (t < float("inf")) & (k >= 0) & (p >= 0) & (p <= 1)
     can = can & (top > float("-inf")) & (is_nan == 0)
-    token = tl.where(can, token, -1)  # now: `can` alive to the end is a spill
     if can & (t > 0) & (k != 1) & (p > 0):
+        inverse = tl.minimum(1.0 / t, LARGE)
         least, stop = tl.cast(float("-inf"), tl.float32), tl.cast(0, tl.int32)
         if (k > 0) & (k < vocab):
             least, stop = _cut_to_top_k(x_ptr, vocab, k, BLOCK)
-        inverse = tl.minimum(1.0 / t, LARGE)  # not before: alive in there it is a spill
         goal = tl.cast(float("inf"), tl.float32)
         if p < 1:
             goal = p * _mass_before(x_ptr, vocab, top, inverse, least, stop, BLOCK)
@@ -164,7 +163,7 @@ def _sample_kernel(
             if p < 1:
                 before = _mass_before(x_ptr, vocab, top, inverse, least, stop, BLOCK)
 
-    tl.store(tokens_ptr + row, token.to(tl.int64))
+    tl.store(tokens_ptr + row, tl.where(can, token, -1).to(tl.int64))
 
 
 def sample_forward(
@@ -181,6 +180,6 @@ def sample_forward(
         vocab, logits.stride(0), float(temperature), top_k, float(top_p), seed, offset,
         SEED_STRIDE=0 if seeds is None else seeds.ndim,
         OFFSET_STRIDE=0 if offsets is None else offsets.ndim,
-        BLOCK=block, num_warps=max(block // 128, 1), **FUSED,
+        BLOCK=block, **launch_options(max(block // 128, 1)),
     )  # fmt: skip
     return tokens
