@@ -1,4 +1,5 @@
-// How kernels are launched: the only file with <<<>>> in it.
+// How kernels are launched and where their shared memory comes from. What C++ has no word for is
+// a macro here: csrc/emulation/include/cuda_runtime.h has the same two for a machine without CUDA.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,19 +10,36 @@
 
 namespace tilewise {
 
+#ifdef __CUDACC__
+
+// TILEWISE_SHARED(sums, float[4][32]): an array that the threads of a block share.
+template <typename T>
+using Same = T;
+#define TILEWISE_SHARED(name, ...) __shared__ ::tilewise::Same<__VA_ARGS__> name
+
+// TILEWISE_DYNAMIC_SHARED(sums, float): a pointer to as much as the launch asked for.
+#define TILEWISE_DYNAMIC_SHARED(name, type)                  \
+  extern __shared__ __align__(1024) unsigned char dynamic[]; \
+  type* name = reinterpret_cast<type*>(dynamic)
+
+#endif
+
 // Dynamic shared memory, aligned for 16-byte accesses.
 __device__ inline float* dynamic_shared() {
-  extern __shared__ __align__(16) float dynamic[];
-  return dynamic;
+  TILEWISE_DYNAMIC_SHARED(floats, float);
+  return floats;
 }
 
 // Launch kernel on at most as many blocks as a grid can have: it loops over the rest.
 template <typename... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, int64_t shared,
                    cudaStream_t stream, std::common_type_t<Parameters>... arguments) {
-  const auto grid = static_cast<unsigned>(std::min<int64_t>(blocks, INT32_MAX));
-  kernel<<<grid, threads, static_cast<size_t>(shared), stream>>>(arguments...);
-  return cudaGetLastError();
+  cudaLaunchConfig_t configuration{};
+  configuration.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(blocks, INT32_MAX)));
+  configuration.blockDim = threads;
+  configuration.dynamicSmemBytes = static_cast<size_t>(shared);
+  configuration.stream = stream;
+  return cudaLaunchKernelEx(&configuration, kernel, arguments...);
 }
 
 }  // namespace tilewise

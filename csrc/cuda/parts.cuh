@@ -63,7 +63,7 @@ constexpr int kColumnThreads = 16;
 // out[col] = sum over row of parts[row, col]. Blocks of (32, 16): 32 columns, 16 threads on each.
 template <typename T>
 __global__ void column_sum_kernel(T* out, const float* parts, int64_t rows, int64_t cols) {
-  __shared__ float sums[kColumnThreads][kWarpSize];
+  TILEWISE_SHARED(sums, float[kColumnThreads][kWarpSize]);
   const int64_t col = blockIdx.x * int64_t{kWarpSize} + threadIdx.x;
 
   float sum = 0.f;
