@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <vector>
 
 #if defined(TILEWISE_ADDRESS)
 #include <sanitizer/asan_interface.h>
@@ -96,6 +97,11 @@ void* host_stack_pointer;
 [[maybe_unused]] size_t host_stack_bytes;
 [[maybe_unused]] void* host_sanitized;
 
+// Of threads that ended. ThreadSanitizer gives the identity of a destroyed one to a new one, and
+// takes both for the same thread, so a launch keeps them: as many as it can have, and room.
+std::vector<void*> identities;
+[[maybe_unused]] constexpr size_t kMaxIdentities = 4096;
+
 // What tilewise_switch pops when it first switches to a fiber with this stack.
 void* first_frame(char* stack, void (*entry)()) {
   auto top = reinterpret_cast<void**>(stack + kStackBytes - 64);
@@ -172,8 +178,16 @@ void destroy([[maybe_unused]] Fiber& fiber, [[maybe_unused]] const void* end) {
   __tsan_switch_to_fiber(fiber.sanitized, __tsan_switch_to_fiber_no_sync);
   __tsan_release(const_cast<void*>(end));
   __tsan_switch_to_fiber(host, __tsan_switch_to_fiber_no_sync);
-  __tsan_destroy_fiber(fiber.sanitized);
+  identities.push_back(fiber.sanitized);
+  if (identities.size() == kMaxIdentities) destroy_identities();
 #endif
+}
+
+void destroy_identities() {
+#if defined(TILEWISE_THREAD)
+  for (void* identity : identities) __tsan_destroy_fiber(identity);
+#endif
+  identities.clear();
 }
 
 void enter(Fiber& fiber) {

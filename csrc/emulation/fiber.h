@@ -32,6 +32,8 @@ class Stacks {
 void create(Fiber& fiber, char* stack, void (*entry)());
 // Also of one that did not end; what it did happens before what `end` names to release and acquire.
 void destroy(Fiber& fiber, const void* end);
+// After the last fiber of a launch.
+void destroy_identities();
 
 // From the host's own stack to the fiber, until it calls leave.
 void enter(Fiber& fiber);

@@ -227,17 +227,18 @@ bool launch(const Shape& shape, const void* kernel, const std::function<void()>&
   machine.spins = 0;
   blockDim = shape.block;
   gridDim = shape.grid;
+  bool failed = false;
   try {
     read_order();
     run_grid();
-    acquire(&machine.body);
-    return true;
   } catch (const std::exception& failure) {
     last_report = failure.what();
+    failed = true;
     forget_resident();
-    acquire(&machine.body);
-    return false;
   }
+  acquire(&machine.body);
+  destroy_identities();
+  return !failed;
 }
 
 const char* report() { return last_report.c_str(); }
