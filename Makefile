@@ -12,7 +12,7 @@ TORCH ?= pinned
 BUDGET ?= 540
 BIN := .venv/bin
 READY := .venv/ready-$(TORCH)
-ENVIRONMENT := OMP_WAIT_POLICY=passive $(if $(wildcard /dev/nvidia0),,TRITON_INTERPRET=1)
+ENVIRONMENT := OMP_WAIT_POLICY=passive $(if $(wildcard /dev/nvidia0),,TRITON_INTERPRET=1 TILEWISE_EMULATE=1)
 PYTEST := $(ENVIRONMENT) $(BIN)/python -m pytest -n 2 -q -rfE --timeout 600
 
 .PHONY: demo test check lint bench gpu mutants format docs native
@@ -50,8 +50,10 @@ format: $(READY)-test
 docs: $(READY)
 	$(BIN)/python docs/pages.py
 
-# The CUDA kernels for one architecture, where there is a compiler; from the cache if unchanged.
+# The CUDA kernels for the CPU and for one architecture, where there are compilers; from the cache
+# if unchanged.
 native: $(READY)-test
+	if command -v c++ >/dev/null; then TILEWISE_EMULATE=1 $(BIN)/tilewise build --only-cuda; fi
 	if command -v nvcc >/dev/null; then TILEWISE_CUDA_ARCHS=90a-real $(BIN)/tilewise build --only-cuda; fi
 
 # --- Setting up. The stamps are named by what was installed, and older than the files they hold for.

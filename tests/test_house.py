@@ -26,6 +26,8 @@ CODE = [p for p in TREE if p.suffix in (".py", ".cu", ".cuh", ".cpp", ".h")]
 FLOORS = [
     {"_cuda"},
     {"kernels"},
+    {"toolchain"},
+    {"emulation"},
     {"native", "allocator"},
     {"op", "rng"},
     {"choice"},

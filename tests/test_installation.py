@@ -12,7 +12,7 @@ import pytest
 from setuptools import Distribution, Extension
 from setuptools.errors import CompileError
 
-from tilewise import native
+from tilewise import toolchain
 
 ROOT = Path(__file__).parent.parent
 PYTHON = [sys.executable, "-c"]
@@ -42,7 +42,7 @@ def setup():
 def test_whether_to_compile_at_installation(setup, monkeypatch, policy, lacks, gpu, reason):
     monkeypatch.setenv("TILEWISE_CUDA", policy)
     monkeypatch.setattr(setup, "gpu_is_visible", lambda: gpu)
-    monkeypatch.setattr(setup, "native", lambda: type("", (), {"missing": lambda: lacks}))
+    monkeypatch.setattr(setup, "toolchain", lambda: type("", (), {"missing": lambda: lacks}))
     assert setup.reason_against() == reason
 
 
@@ -64,7 +64,7 @@ def test_a_compiler_that_fails_costs_the_extension_alone(setup, monkeypatch, tmp
 
     monkeypatch.setenv("TILEWISE_CUDA", policy)
     failing = type("", (), {"ARCHS": "", "compile_module": compile_module})
-    monkeypatch.setattr(setup, "native", lambda: failing)
+    monkeypatch.setattr(setup, "toolchain", lambda: failing)
     extensions = Distribution({"ext_modules": [Extension("tilewise._cuda", [])]})
     command = setup.BuildExtension(extensions)
     command.build_lib, command.build_temp = str(tmp_path), str(tmp_path)
@@ -123,13 +123,13 @@ def test_a_wheel_without_cuda_carries_the_sources(tree, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     where = run(
-        [*PYTHON, "import tilewise; from tilewise import native as n; f = n.source(); "
+        [*PYTHON, "import tilewise; from tilewise import toolchain as n; f = n.source(); "
          "print(f, n.digest(f))"],
         tmp_path, PYTHONPATH=str(tmp_path / "site"),
     )  # fmt: skip
     assert where.split() == [
         str(tmp_path / "site" / "tilewise" / "_source"),
-        native.digest(ROOT),
+        toolchain.digest(ROOT),
     ]
 
 
@@ -158,8 +158,8 @@ def test_an_editable_installation_builds_from_the_checkout(tree, tmp_path):
     places = [str(site), *(p for p in sys.path if p.endswith("site-packages"))]
     code = (
         f"import site; [site.addsitedir(place) for place in {places!r}];"
-        "import tilewise.kernels.numba.rms_norm as kernel; from tilewise import native;"
-        "print(native.source()); print(kernel.__file__)"
+        "import tilewise.kernels.numba.rms_norm as kernel; from tilewise import toolchain;"
+        "print(toolchain.source()); print(kernel.__file__)"
     )
     said = run([sys.executable, "-S", "-c", code], tmp_path).split()
     assert said == [str(tree), str(tree / "kernels" / "numba" / "rms_norm.py")]

@@ -11,9 +11,11 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import tilewise
-from tilewise import native
+from tilewise import native, toolchain
 
-REMEMBERED = (native.nvcc, native.missing, native.pybind11, native.mention_unbuilt, native._find)
+REMEMBERED = (
+    toolchain.nvcc, toolchain.missing, toolchain.pybind11, native.mention_unbuilt, native._find
+)  # fmt: skip
 
 
 def forget():
@@ -24,15 +26,16 @@ def forget():
 @pytest.fixture
 def checkout(monkeypatch, tmp_path):
     """A tiny checkout, an empty cache, no GPU, and tools that are all there."""
-    monkeypatch.setattr(native, "PACKAGE", tmp_path / "python" / "tilewise")
-    monkeypatch.setattr(native, "_nvcc_version", lambda compiler: f"version of {compiler}")
+    monkeypatch.setattr(native, "EMULATED", False)
+    monkeypatch.setattr(toolchain, "PACKAGE", tmp_path / "python" / "tilewise")
+    monkeypatch.setattr(toolchain, "version", lambda compiler: f"version of {compiler}")
     monkeypatch.setattr(native, "_capabilities", list)
     for tool in ("nvcc", "missing"):
-        monkeypatch.setattr(native, tool, {"nvcc": lambda: "nvcc", "missing": lambda: None}[tool])
+        monkeypatch.setattr(toolchain, tool, {"nvcc": lambda: "nvcc", "missing": lambda: None}[tool])
     monkeypatch.setenv("TILEWISE_CACHE", str(tmp_path / "cache"))
-    for name in ("TILEWISE_JIT", "TILEWISE_CUDA_ARCHS", *native.FLAGS):
+    for name in ("TILEWISE_JIT", "TILEWISE_CUDA_ARCHS", *toolchain.FLAGS):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.delitem(native.sys.modules, native.MODULE, raising=False)
+    monkeypatch.delitem(toolchain.sys.modules, native.MODULE, raising=False)
     (tmp_path / "csrc").mkdir()
     (tmp_path / "CMakeLists.txt").write_text("project(tiny)")
     (tmp_path / "csrc" / "tiny.cu").write_text("int tiny;")
@@ -50,12 +53,12 @@ def compiled(checkout, monkeypatch):
     def compile_module(folder, into, archs, log):
         calls.append(archs)
         log.write_text("compiling")
-        (into / native.FILE).write_text("half")
+        (into / toolchain.FILE).write_text("half")
         time.sleep(0.1)
-        (into / native.FILE).write_text(f"{archs} {len(calls)}")
-        return into / native.FILE
+        (into / toolchain.FILE).write_text(f"{archs} {len(calls)}")
+        return into / toolchain.FILE
 
-    monkeypatch.setattr(native, "compile_module", compile_module)
+    monkeypatch.setattr(toolchain, "compile_module", compile_module)
     return calls
 
 
@@ -65,11 +68,11 @@ def compiled(checkout, monkeypatch):
 def test_a_build_is_kept_under_the_hash_of_what_went_in(checkout, compiled):
     assert not native.is_built()
     module = native.build()
-    assert module.name == native.FILE
+    assert module.name == toolchain.FILE
     assert module.parents[2] == checkout / "cache" / "cuda"
     assert module.parent.name == "80-real+90a-real+90-virtual"
     assert sorted(p.name for p in module.parent.iterdir() if p.name != "lock") == sorted(
-        [native.FILE, "build.log"]
+        [toolchain.FILE, "build.log"]
     )
     assert native.is_built()
     assert native.build() == module
@@ -89,8 +92,8 @@ def test_force_builds_again(checkout, compiled):
         (lambda checkout, patch: (checkout / "csrc" / "tiny.cu").write_text("int other;"), 2),
         (lambda checkout, patch: (checkout / "csrc" / "new.cuh").write_text(""), 2),
         (lambda checkout, patch: (checkout / "CMakeLists.txt").write_text("-O1"), 2),
-        (lambda checkout, patch: patch.setattr(native, "_nvcc_version", lambda name: "13.1"), 2),
-        (lambda checkout, patch: patch.setattr(native, "SUFFIX", ".other.so"), 2),
+        (lambda checkout, patch: patch.setattr(toolchain, "version", lambda name: "13.1"), 2),
+        (lambda checkout, patch: patch.setattr(toolchain, "SUFFIX", ".other.so"), 2),
         (lambda checkout, patch: patch.setenv("CUDAFLAGS", "-g"), 2),
         (lambda checkout, patch: os.utime(checkout / "csrc" / "tiny.cu", (1, 1)), 1),
         (lambda checkout, patch: (checkout / "csrc" / ".tiny.cu.swp").write_text("draft"), 1),
@@ -112,7 +115,7 @@ def test_two_at_once_compile_once(checkout, compiled):
         thread.start()
     seen = set()
     while any(thread.is_alive() for thread in threads):
-        seen |= {p.read_text() for p in checkout.glob(f"cache/cuda/*/*/{native.FILE}")}
+        seen |= {p.read_text() for p in checkout.glob(f"cache/cuda/*/*/{toolchain.FILE}")}
     assert len(compiled) == 1
     assert seen <= {f"{native.ARCHS} 1"}, "half a module was visible"
 
@@ -121,17 +124,17 @@ def test_a_lock_that_stays_taken_is_an_error(checkout, compiled, monkeypatch):
     from filelock import FileLock
 
     place = native.build().parent
-    monkeypatch.setattr(native, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(toolchain, "LOCK_SECONDS", 0.1)
     with FileLock(place / "lock"), pytest.raises(RuntimeError, match="build: .*lock must be free"):
         native.build(force=True)
 
 
 def test_what_a_killed_build_left_is_no_module(checkout, compiled):
     place = native.build().parent
-    (place / native.FILE).rename(place / "unfinished-of-the-killed")
+    (place / toolchain.FILE).rename(place / "unfinished-of-the-killed")
     left = place / "unfinished-directory"
     left.mkdir()
-    (left / native.FILE).write_text("half")
+    (left / toolchain.FILE).write_text("half")
     native._find.cache_clear()
     assert not native.is_built()
     native.build()
@@ -142,8 +145,8 @@ def test_a_failed_build_names_its_log_and_leaves_nothing(checkout, monkeypatch):
     cmake = checkout / "cmake"
     cmake.write_text("#!/bin/sh\necho tiny.cu: error: no such thing\nexit 1\n")
     cmake.chmod(0o755)
-    monkeypatch.setattr(native, "_program", lambda name: str(cmake) if name == "cmake" else None)
-    monkeypatch.setattr(native, "pybind11", lambda: checkout)
+    monkeypatch.setattr(toolchain, "_program", lambda name: str(cmake) if name == "cmake" else None)
+    monkeypatch.setattr(toolchain, "pybind11", lambda: checkout)
     with pytest.raises(RuntimeError, match=r"build: .* see .*build\.log") as raised:
         native.build()
     (log,) = checkout.rglob("build.log")
@@ -156,12 +159,12 @@ def test_a_failed_build_names_its_log_and_leaves_nothing(checkout, monkeypatch):
 
 def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
     monkeypatch.setenv("TILEWISE_CACHE", str(tmp_path))
-    assert native.cache_folder() == tmp_path / "cuda"
+    assert toolchain.cache_folder() == tmp_path / "cuda"
     monkeypatch.delenv("TILEWISE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert native.cache_folder() == tmp_path / "tilewise" / "cuda"
+    assert toolchain.cache_folder() == tmp_path / "tilewise" / "cuda"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert native.cache_folder() == Path.home() / ".cache" / "tilewise" / "cuda"
+    assert toolchain.cache_folder() == Path.home() / ".cache" / "tilewise" / "cuda"
 
 
 # --- Which GPUs a build serves.
@@ -254,9 +257,9 @@ def test_unbuilt_kernels_are_mentioned_once(checkout, compiled):
 
 
 def test_an_installed_module_of_other_sources_is_none(checkout):
-    native.PACKAGE.mkdir(parents=True)
-    installed = native.PACKAGE / native.FILE
-    installed.write_text(f"... {native.digest(checkout)} ...")
+    toolchain.PACKAGE.mkdir(parents=True)
+    installed = toolchain.PACKAGE / toolchain.FILE
+    installed.write_text(f"... {toolchain.digest(checkout)} ...")
     assert native.is_built()
     (checkout / "csrc" / "tiny.cu").write_text("int moved_on;")
     native._find.cache_clear()
@@ -268,12 +271,13 @@ def test_a_missing_tool_is_named(monkeypatch, tmp_path, tool):
     (tmp_path / ("cmake" if tool == "nvcc" else "nvcc")).touch(mode=0o755)
     (tmp_path / "c++").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(native.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(native, "EMULATED", False)
+    monkeypatch.setattr(toolchain.sys, "executable", str(tmp_path / "python"))
     for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.setenv(name, "")
     forget()
     if tool == "nvcc":
-        monkeypatch.setattr(native, "nvcc", lambda: None)
+        monkeypatch.setattr(toolchain, "nvcc", lambda: None)
     try:
         assert tool in native.missing()
         assert not native.can_build()

@@ -14,6 +14,9 @@ from tilewise.op import INTERPRETED, OPS, Backend, Op
 
 BACKENDS = ("cuda", "numba", "triton", "reference")
 
+# Of the first tensor, above which emulated CUDA kernels would take longer than anybody waits.
+EMULATED_ELEMENTS = 2**20
+
 Refusal = tuple[type[Exception], str]
 
 
@@ -77,12 +80,17 @@ def refusal(candidate: Backend, *tensors: Tensor | None, **options: Any) -> Refu
     device, dtype = first.device.type, first.dtype
     if device not in candidate.devices:
         return RuntimeError, f"runs on {' and '.join(sorted(candidate.devices))}, got {device}"
+    emulated = native.EMULATED and candidate.needs == native.MODULE
     if not (_present(candidate.needs) or (candidate.needs == native.MODULE and native.can_build())):
-        return RuntimeError, f"needs {candidate.needs}, which is not installed"
+        lacks = f"is emulated, and {native.obstacle()}" if emulated else ""
+        return RuntimeError, lacks or f"needs {candidate.needs}, which is not installed"
     if dtype not in candidate.dtypes:
         return TypeError, f"takes {', '.join(sorted(map(str, candidate.dtypes)))}, got {dtype}"
     if reason := candidate.refuses(*tensors, **options):
         return NotImplementedError, reason
+    if emulated and first.numel() > EMULATED_ELEMENTS:
+        most = f"for inputs of at most {EMULATED_ELEMENTS} elements"
+        return NotImplementedError, f"is emulated, {most}, got {first.numel()}"
     return None
 
 
@@ -94,6 +102,8 @@ def _passed_over(name: str, candidate: Backend, *tensors: Any, **options: Any) -
         return "is not built, run `tilewise build`"
     if name == "triton" and INTERPRETED:
         return "is interpreted, never chosen automatically"
+    if name == "cuda" and native.EMULATED:
+        return "is emulated, never chosen automatically"
     return candidate.declines(*tensors, **options)
 
 

@@ -21,6 +21,7 @@ FLOATS = HALVES | {torch.float32}
 CPU_FLOATS = FLOATS | {torch.float64}
 CUDA = frozenset({"cuda"})
 CPU = frozenset({"cpu"})
+CUDA_DEVICES = CPU if native.EMULATED else CUDA
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 TRITON_DEVICES = frozenset({"cuda", "cpu"}) if INTERPRETED else CUDA
@@ -102,7 +103,7 @@ def backends_of(
     Each argument is that backend's `refuses`; None means the op has no such kernel.
     """
     table = {
-        "cuda": (cuda, native.MODULE, CUDA, FLOATS),
+        "cuda": (cuda, native.MODULE, CUDA_DEVICES, FLOATS),
         "numba": (numba, "numba", CPU, CPU_FLOATS),
         "triton": (triton, "triton", TRITON_DEVICES, FLOATS),
     }
@@ -135,7 +136,7 @@ def register(
     def find(chosen: str, device: str) -> Callable[..., Any]:
         if backends[chosen].needs == native.MODULE:
             native.load()
-        elif "cuda" in backends and device == "cuda":
+        elif "cuda" in backends and device == "cuda" and not native.EMULATED:
             native.mention_unbuilt()
         kernel: Callable[..., Any] = getattr(import_module(backends[chosen].module), name)
         return kernels.setdefault(chosen, kernel)

@@ -1,0 +1,40 @@
+# The emulator, and what ../../CMakeLists.txt compiles against it in place of CUDA's runtime.
+set(module _emulated)
+set(runtime emulation)
+
+if(TILEWISE_SANITIZER STREQUAL "plain")
+  set(instrumented -fsanitize=alignment,bounds)  # reported by undefined.cpp
+elseif(TILEWISE_SANITIZER STREQUAL "address")
+  set(instrumented -fsanitize=address,undefined -fno-sanitize-recover=undefined)
+elseif(TILEWISE_SANITIZER STREQUAL "thread")
+  set(instrumented -fsanitize=thread)
+else()
+  message(FATAL_ERROR "TILEWISE_SANITIZER: must be plain, address or thread, "
+                      "got ${TILEWISE_SANITIZER}")
+endif()
+
+# Without sanitizers, and without calls of memcpy where there is none in the source.
+file(GLOB_RECURSE emulator CONFIGURE_DEPENDS csrc/emulation/*.cpp)
+add_library(emulation STATIC ${emulator})
+target_include_directories(emulation PUBLIC csrc csrc/emulation/include)
+string(TOUPPER TILEWISE_${TILEWISE_SANITIZER} sanitizer)
+target_compile_definitions(emulation PRIVATE ${sanitizer})
+target_compile_options(emulation PRIVATE
+  -O2 -Wall -Wextra -Werror -fno-strict-aliasing -fno-tree-loop-distribute-patterns)
+target_link_libraries(emulation PUBLIC ${CMAKE_DL_LIBS})
+if(NOT TILEWISE_SANITIZER STREQUAL "plain")
+  target_link_options(emulation PUBLIC ${instrumented})
+endif()
+
+# Kernels read the same bytes as several types. Pragmas are nvcc's, and what only they use unused.
+set(device -g -O1 -fno-strict-aliasing -ffp-contract=off -fno-omit-frame-pointer
+  -Wno-unknown-pragmas -Wno-unused-variable ${instrumented})
+set(warnings -Wall -Wextra -Werror ${device})
+set_source_files_properties(${kernels} PROPERTIES LANGUAGE CXX)
+
+if(TILEWISE_PROGRAM)
+  add_executable(program EXCLUDE_FROM_ALL ${TILEWISE_PROGRAM})
+  set_source_files_properties(${TILEWISE_PROGRAM} PROPERTIES LANGUAGE CXX)
+  target_compile_options(program PRIVATE ${device})
+  target_link_libraries(program PRIVATE emulation)
+endif()
