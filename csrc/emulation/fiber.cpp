@@ -140,8 +140,8 @@ char* Stacks::stack(int i) const {
 }
 
 void Stacks::prepare(int count) {
-#if defined(TILEWISE_ADDRESS) || defined(TILEWISE_THREAD)
-  const bool reuse = false;
+#if defined(TILEWISE_THREAD)
+  const bool reuse = false;  // ThreadSanitizer remembers who wrote there
 #else
   const bool reuse = count <= count_;
 #endif
@@ -152,7 +152,9 @@ void Stacks::prepare(int count) {
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     memory_ = static_cast<char*>(memory);
+#if !defined(TILEWISE_THREAD)  // for which it would be too slow
     for (int i = 0; i < count; ++i) mprotect(stack(i) - kGuardBytes, kGuardBytes, PROT_NONE);
+#endif
   }
   for (int i = 0; i < count; ++i) {
 #if defined(TILEWISE_ADDRESS)

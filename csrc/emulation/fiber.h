@@ -14,8 +14,8 @@ struct Fiber {
   void* sanitized = nullptr;      // what ThreadSanitizer takes for a thread
 };
 
-// Stacks for this many fibers, each above a page that nobody may touch. Fresh for every cluster:
-// what earlier threads left there must not be read, and is not ordered before these ones.
+// Stacks for this many fibers, each above pages that nobody may touch. For every cluster they are
+// poisoned, where locals begin, so that what earlier threads left there is not taken for a value.
 class Stacks {
  public:
   ~Stacks();

@@ -71,6 +71,7 @@ struct SharedArray {
 
 // The shared memory of one block, between two pages that nobody may touch.
 struct SharedMemory {
+  ~SharedMemory();
   char* base = nullptr;
   size_t used = 0;
   std::vector<SharedArray> arrays;
@@ -124,7 +125,6 @@ void leave_warp(Thread& thread);
 
 void prepare_shared(Block& block, size_t dynamic_bytes);
 void check_shared(const Block& block);
-void unmap_shared(Block& block);
 // Addresses that stand for this block's i-th synchronisation object.
 const void* tag(const Block& block, int i);
 

@@ -18,7 +18,9 @@ namespace tilewise::emulation {
 namespace {
 
 constexpr size_t kGuardBytes = 64 * 1024;
-constexpr size_t kArenaBytes = 512 * 1024;  // with gaps between arrays
+constexpr size_t kArenaBytes = 512 * 1024;
+constexpr size_t kStaticBytes = 48 * 1024;  // what nvcc allows
+constexpr size_t kGaps = 16 * 1024;         // between arrays, and where they begin
 constexpr size_t kTagBytes = 64 * 1024;
 constexpr size_t kGap = 64;  // that nobody may touch, after each array
 constexpr size_t kDynamicAlignment = 1024;
@@ -57,8 +59,8 @@ char* map() {
 
 void prepare_shared(Block& block, size_t dynamic_bytes) {
   SharedMemory& memory = block.shared;
-  memory.base = map();
-  std::memset(memory.base, kPoison, kArenaBytes);
+  if (!memory.base) memory.base = map();
+  std::memset(memory.base, kPoison, dynamic_bytes + kStaticBytes + kGaps);
   ASAN_POISON_MEMORY_REGION(memory.base, kArenaBytes);
   block.tags = memory.base + kArenaBytes + kGuardBytes;
   memory.arrays.clear();
@@ -69,12 +71,10 @@ void prepare_shared(Block& block, size_t dynamic_bytes) {
   }
 }
 
-void unmap_shared(Block& block) {
-  SharedMemory& memory = block.shared;
-  if (!memory.base) return;
-  ASAN_UNPOISON_MEMORY_REGION(memory.base, kArenaBytes);
-  munmap(memory.base - kGuardBytes, kArenaBytes + kTagBytes + 2 * kGuardBytes);
-  memory.base = nullptr;
+SharedMemory::~SharedMemory() {
+  if (!base) return;
+  ASAN_UNPOISON_MEMORY_REGION(base, kArenaBytes);
+  munmap(base - kGuardBytes, kArenaBytes + kTagBytes + 2 * kGuardBytes);
 }
 
 const void* tag(const Block& block, int i) { return static_cast<char*>(block.tags) + 8 * i; }
@@ -97,11 +97,14 @@ void check_shared([[maybe_unused]] const Block& block) {
 void* shared(const void* key, const char* name, size_t bytes, size_t alignment, Place place) {
   SharedMemory& memory = machine.current->block->shared;
   if (SharedArray* array = find(memory, key)) return memory.base + array->offset;
-  size_t total = bytes;
-  for (const SharedArray& array : memory.arrays) total += array.bytes;
-  if (total > kMaxSharedBytes) {
-    fail(place, "shared: a block must have at most %zu bytes, and %s makes it %zu",
-         kMaxSharedBytes, name, total);
+  size_t fixed = bytes;
+  for (const SharedArray& array : memory.arrays) {
+    if (array.key != &kDynamic) fixed += array.bytes;
+  }
+  const size_t total = fixed + machine.shape.shared_bytes;
+  if (fixed > kStaticBytes || total > kMaxSharedBytes) {
+    fail(place, "shared: at most %zu bytes may be static and %zu in all, %s makes them %zu and %zu",
+         kStaticBytes, kMaxSharedBytes, name, fixed, total);
   }
   return allocate(memory, key, name, bytes, std::max<size_t>(alignment, 16));
 }

@@ -63,7 +63,8 @@ void run_thread() {
 void make_resident(const uint3* indices, unsigned count) {
   const dim3 shape = machine.shape.block;
   const int threads = shape.x * shape.y * shape.z;
-  machine.blocks.resize(count);
+  if (machine.blocks.size() > count) machine.blocks.resize(count);
+  while (machine.blocks.size() < count) machine.blocks.push_back(std::make_unique<Block>());
   machine.stacks.prepare(count * threads);
   machine.alive = count * threads;
   machine.ready.clear();
@@ -71,7 +72,6 @@ void make_resident(const uint3* indices, unsigned count) {
   machine.polling.reserve(machine.alive);
   machine.next = 0;
   for (unsigned b = 0; b < count; ++b) {
-    if (!machine.blocks[b]) machine.blocks[b] = std::make_unique<Block>();
     Block& block = *machine.blocks[b];
     block.index = indices[b];
     block.cluster_rank = b;
@@ -171,11 +171,12 @@ void run_resident() {
 
 void forget_resident() {
   for (auto& block : machine.blocks) {
-    if (!block) continue;
     for (Thread& thread : block->threads) destroy(thread.fiber, &machine.body);
     block->threads.clear();
-    unmap_shared(*block);
   }
+#if defined(TILEWISE_THREAD)
+  machine.blocks.clear();  // whose memory ThreadSanitizer would remember as theirs
+#endif
   machine.polling.clear();
   machine.current = nullptr;
   for (auto forget : residence_work) forget();

@@ -1,1 +1,113 @@
-int main(){}
+// selftest [--orders N] [OP ...]: hold every launcher to fp64, without Python. Compiled by nvcc it
+// runs on a GPU, where compute-sanitizer can watch it; compiled against csrc/emulation/, on a CPU.
+// One line of JSON for each case; 1 if any is wrong, 3 if a launch failed.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <random>
+
+#include "selftest/selftest.h"
+
+namespace tilewise::selftest {
+namespace {
+
+int orders = 4;
+int wrong = 0;
+int cases = 0;
+
+void say(const std::string& name, double ratio, const std::string& what) {
+  ++cases;
+  wrong += !what.empty();
+  std::printf("{\"case\": \"%s\", \"ratio\": %.3f, \"ok\": %s%s}\n", name.c_str(), ratio,
+              what.empty() ? "true" : "false",
+              what.empty() ? "" : (", \"wrong\": \"" + what + "\"").c_str());
+  std::fflush(stdout);
+}
+
+// On a GPU the order is its own; there the same thing is run again.
+void choose_order(int i) {
+  const std::string order = i == 0 ? "forward" : i == 1 ? "reverse" : std::to_string(i);
+  setenv("TILEWISE_EMULATION_ORDER", order.c_str(), 1);
+}
+
+}  // namespace
+
+const std::vector<Size>& sizes() {
+  static const std::vector<Size> kSizes{{3, 8, 0},   {1, 1, 0},  {3, 127, 0}, {5, 64, 8},
+                                        {40, 16, 3}, {5, 65, 1}, {9, 1024, 0}, {2, 2051, 5}};
+  return kSizes;
+}
+
+const std::vector<DType>& dtypes() {
+  static const std::vector<DType> kDTypes{DType::f32, DType::f16, DType::bf16};
+  return kDTypes;
+}
+
+std::string case_name(const char* op, DType dtype, const Size& size) {
+  return std::string(op) + " " + name_of(dtype) + " " + std::to_string(size.rows) + " x " +
+         std::to_string(size.cols) + (size.gap ? " apart" : "");
+}
+
+Values normal(DType dtype, int64_t count, int seed) {
+  std::minstd_rand random(static_cast<unsigned>(seed));
+  std::normal_distribution<double> distribution;
+  Values values(static_cast<size_t>(count));
+  for (double& value : values) value = rounded(dtype, distribution(random));
+  return values;
+}
+
+void keep(Run& run, const std::string& name, DType dtype, int64_t cols, const Array& array) {
+  const std::vector<unsigned char> bits = array.bits();
+  run.bits.insert(run.bits.end(), bits.begin(), bits.end());
+  run.outputs.push_back({name, dtype, static_cast<size_t>(cols), array.values()});
+}
+
+void report(const std::string& name, const std::function<Run()>& run,
+            const Reference& reference, const std::vector<Values>& inputs) {
+  choose_order(0);
+  const Run first = run();
+  std::string what;
+  for (int i = 1; i < orders; ++i) {
+    choose_order(i);
+    if (run().bits != first.bits) what = "other bits in run " + std::to_string(i);
+  }
+  double ratio = 0;
+  const std::vector<Verdict> verdicts = judge(first.outputs, reference, inputs);
+  for (size_t i = 0; i < verdicts.size(); ++i) {
+    const Verdict& verdict = verdicts[i];
+    ratio = std::max(ratio, verdict.error / std::max(verdict.allowed, 1e-300));
+    if (!verdict.is_right()) what = first.outputs[i].name + " is not within the rule";
+  }
+  say(name, ratio, what);
+}
+
+void must_refuse(const std::string& name, cudaError_t status) {
+  say(name, 0, status == cudaSuccess ? "must be refused, and was not" : "");
+}
+
+}  // namespace tilewise::selftest
+
+int main(int count, char** words) {
+  using namespace tilewise::selftest;
+  const std::map<std::string, void (*)()> ops{
+      {"layer_norm", layer_norm}, {"rms_norm", rms_norm}, {"softmax", softmax}};
+  std::vector<std::string> chosen;
+  for (int i = 1; i < count; ++i) {
+    if (!std::strcmp(words[i], "--orders") && i + 1 < count) {
+      orders = std::atoi(words[++i]);
+    } else if (ops.count(words[i])) {
+      chosen.push_back(words[i]);
+    } else {
+      std::fprintf(stderr, "selftest: OP must be layer_norm, rms_norm or softmax, got %s\n",
+                   words[i]);
+      return 2;
+    }
+  }
+  for (const auto& [name, test] : ops) {
+    if (chosen.empty() || std::count(chosen.begin(), chosen.end(), name)) test();
+  }
+  std::printf("{\"cases\": %d, \"wrong\": %d}\n", cases, wrong);
+  return wrong ? 1 : 0;
+}
