@@ -31,7 +31,9 @@ def checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(toolchain, "version", lambda compiler: f"version of {compiler}")
     monkeypatch.setattr(native, "_capabilities", list)
     for tool in ("nvcc", "missing"):
-        monkeypatch.setattr(toolchain, tool, {"nvcc": lambda: "nvcc", "missing": lambda: None}[tool])
+        monkeypatch.setattr(
+            toolchain, tool, {"nvcc": lambda: "nvcc", "missing": lambda: None}[tool]
+        )
     monkeypatch.setenv("TILEWISE_CACHE", str(tmp_path / "cache"))
     for name in ("TILEWISE_JIT", "TILEWISE_CUDA_ARCHS", *toolchain.FLAGS):
         monkeypatch.delenv(name, raising=False)

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -124,10 +124,10 @@ def version(program: str) -> str:
 # --- Compiling.
 
 
-def compile_target(
-    target: str, folder: Path, into: Path, options: Mapping[str, object], log: Path
+def compile_targets(
+    targets: Sequence[str], folder: Path, into: Path, options: Mapping[str, object], log: Path
 ) -> None:
-    """Configure CMake for the sources in `folder` and build `target`; all output goes to `log`.
+    """Configure CMake for the sources in `folder` and build `targets`; all output goes to `log`.
 
     Raises:
         RuntimeError: If a tool fails; what it said is repeated.
@@ -140,14 +140,14 @@ def compile_target(
     with log.open("w") as out:
         for command in (
             [cmake, "-S", str(folder), "-B", objects, *generator, *flags],
-            [cmake, "--build", objects, "--target", target, "--parallel", str(_jobs())],
+            [cmake, "--build", objects, "--target", *targets, "--parallel", str(_jobs())],
         ):
             print("$", shlex.join(command), file=out, flush=True)
             if subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode:
                 lines = log.read_text(errors="replace").splitlines()
                 told = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
                 excerpt = "\n".join(told[:LOG_LINES] or lines[-LOG_LINES:])
-                raise RuntimeError(f"build: {target} must compile, see {log}\n{excerpt}")
+                raise RuntimeError(f"build: {targets[-1]} must compile, see {log}\n{excerpt}")
 
 
 def for_python(folder: Path) -> dict[str, object]:
@@ -170,7 +170,7 @@ def compile_module(folder: Path, into: Path, archs: str, log: Path) -> Path:
     if lacks := missing():
         raise RuntimeError(f"build: tilewise._cuda needs {lacks}")
     cuda = {"CMAKE_CUDA_ARCHITECTURES": archs, "CMAKE_CUDA_COMPILER": nvcc()}
-    compile_target("_cuda", folder, into, for_python(folder) | cuda, log)
+    compile_targets(["_cuda"], folder, into, for_python(folder) | cuda, log)
     return into / FILE
 
 

@@ -5,6 +5,7 @@
 
 #include "emulation/arithmetic.h"
 #include "emulation/half_operators.h"
+#include "emulation/vectors.h"
 
 struct __nv_bfloat16_raw {
   unsigned short x;

@@ -5,6 +5,7 @@
 
 #include "emulation/arithmetic.h"
 #include "emulation/half_operators.h"
+#include "emulation/vectors.h"
 
 struct __half_raw {
   unsigned short x;
