@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+WANTED = ("check", "selftest", "tests")  # phases that may find a kernel wrong
 CLOSING = 10  # seconds kept for the last words
 JOBS = min(8, os.cpu_count() or 1)
 TILEWISE = [sys.executable, "-m", "tilewise"]
@@ -31,6 +32,8 @@ import json, torch
 print(json.dumps([torch.cuda.get_device_name(), *torch.cuda.get_device_capability()]
                  if torch.cuda.is_available() else None))
 """
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")  # of compute-sanitizer
+SELFTEST = "from tilewise import native; print(native.build_selftest())"
 VERDICT = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b (tests/.*)")
 
 
@@ -194,6 +197,38 @@ def check(run: Run) -> None:
     run.say("check", said, time.monotonic() - begun, ok=not wrong)
 
 
+def selftest(run: Run) -> None:
+    """Run every CUDA launcher without Python: by itself, then under each of the TOOLS."""
+    if run.dry:
+        run.say("selftest", f"would compile and run it, and under {', '.join(TOOLS)}")
+        return
+    build_it = [sys.executable, "-c", SELFTEST]
+    status, seconds, text = run.execute("selftest-build", build_it, min(150, 0.3 * run.left))
+    if status:
+        run.say("selftest", f"not compiled: {last_line(text)}", seconds, ok=False)
+        return
+    program, limit = last_line(text), min(90, 0.3 * run.left)
+    sanitizer = shutil.which("compute-sanitizer")
+    watched = [sanitizer, "--error-exitcode", "9", "--tool"]
+    commands = {"alone": [program]}
+    if sanitizer:
+        commands |= {tool: [*watched, tool, program, "--orders", "1"] for tool in TOOLS}
+    begun = time.monotonic()
+    with ThreadPoolExecutor(len(commands)) as pool:
+        names = [f"selftest-{name}" for name in commands]
+        limits = [limit] * len(commands)
+        ended = list(pool.map(run.execute, names, commands.values(), limits))
+    found = dict(zip(commands, ended, strict=True))
+    run.record["selftest"] = {name: last_line(text) for name, (_, _, text) in found.items()}
+    wrong = [name for name, (status, _, _) in found.items() if status not in (0, 124)]
+    for name in (n for n, (status, _, _) in found.items() if status == 124):
+        run.drop("selftest", f"{name} did not finish")
+    for name, kernel in run.record["kernels"].items():
+        kernel["verified"] &= not (wrong and name.endswith("/cuda"))
+    said = f"right {', '.join(n for n in found if n not in wrong)}; wrong: {wrong or 'nothing'}"
+    run.say("selftest", said, time.monotonic() - begun, ok=not wrong)
+
+
 def test(run: Run) -> None:
     """Run the whole test suite on the GPU; a kernel that a test finds wrong is not verified."""
     command = [sys.executable, "-m", "pytest", "tests", "-v", "-o", "addopts=", "-m", "not slow"]
@@ -299,7 +334,7 @@ def main() -> int:
         return 2
     build(run, gpu)
     name_results(run, gpu, arguments.output)
-    for phase in (check, test, bench, sanitize):
+    for phase in (check, selftest, test, bench, sanitize):
         phase(run)
     kernels = run.record["kernels"]
     for name, kernel in kernels.items():
@@ -310,7 +345,7 @@ def main() -> int:
     log = run.file.with_suffix(".log") if arguments.output else run.folder / "all.log"
     log.write_text("".join(f"== {f.stem}\n{f.read_text()}\n" for f in run.folder.glob("*.log")))
     print(f"{time.monotonic() - run.begun:.0f} s of {run.budget:.0f}; {run.file}; log: {log}")
-    wrong = [p for p in run.record["phases"] if not p["ok"] and p["phase"] in ("check", "tests")]
+    wrong = [p for p in run.record["phases"] if not p["ok"] and p["phase"] in WANTED]
     return 0 if run.dry or not wrong else 1
 
 

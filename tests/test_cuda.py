@@ -67,6 +67,18 @@ def test_offers_every_launcher_that_is_declared(cuda):
     assert [name for name in declared if not callable(getattr(cuda, name, None))] == []
 
 
+def test_the_selftest_is_compiled_too(cuda):
+    """It needs neither Python nor PyTorch, so all that it can lack is a GPU."""
+    program = native.build_selftest(QUICK)
+    done = subprocess.run([program, "--orders", "1"], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    if torch.cuda.is_available():
+        assert (done.returncode, lines[-1]) == (0, '{"cases": 99, "wrong": 0}'), done.stdout
+    else:
+        assert (done.returncode, len(lines)) == (3, 1), done.stdout
+        assert lines[0].startswith('{"fatal": "cudaMalloc: ')
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_failed_launch_is_an_error_that_names_the_launcher(cuda, launcher):
     """No rows make no grid; and without a driver no launch succeeds anyway."""

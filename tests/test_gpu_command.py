@@ -145,6 +145,26 @@ def test_memcheck_takes_every_verification_back_on_an_error(run, monkeypatch, st
     assert run.record["memcheck"] == "ERROR SUMMARY: 3 errors"
 
 
+@pytest.mark.parametrize("status, kept", [(0, list(KERNELS)), (9, ["rms_norm/triton"])])
+def test_a_selftest_that_fails_takes_the_cuda_verifications_back(run, monkeypatch, status, kept):
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
+    calls = []
+
+    def execute(run, name, command, limit, **environment):
+        calls.append((name, command))
+        return (0 if name == "selftest-build" else status), 1.0, "/there/selftest\n"
+
+    monkeypatch.setattr(gpu.Run, "execute", execute)
+    gpu.selftest(run)
+    assert verified(run) == kept
+    commands = dict(calls)
+    assert commands["selftest-alone"] == ["/there/selftest"]
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        words = commands[f"selftest-{tool}"]
+        assert words[words.index("--tool") + 1 :] == [tool, "/there/selftest", "--orders", "1"]
+    assert set(run.record["selftest"]) == {"alone", *gpu.TOOLS}
+
+
 def test_phases_without_time_are_dropped_and_said(run, monkeypatch):
     monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
     commands = answering(monkeypatch, 0)
@@ -189,7 +209,9 @@ def test_a_dry_run_says_what_each_phase_would_do(tmp_path):
     assert set(files) == {".json", ".log"}
     record = json.loads(files[".json"].read_text())
     phases = {phase["phase"]: phase["said"] for phase in record["phases"]}
-    assert list(phases) == ["device", "build", "results", "check", "tests", "bench", "memcheck"]
+    assert list(phases) == [
+        "device", "build", "results", "check", "selftest", "tests", "bench", "memcheck",
+    ]  # fmt: skip
     assert phases["build"].startswith("would run -m pip install --no-build-isolation --no-deps .")
     assert "rms_norm/cuda, rms_norm/triton" in phases["check"]
     gpu_kernels = {f"{op.name}/{b}" for op in OPS.values() for b in op.backends if b != "numba"}

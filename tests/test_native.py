@@ -52,10 +52,11 @@ def compiled(checkout, monkeypatch):
     """The `archs` of every compilation, which here is the writing of a file."""
     calls = []
 
-    def compile_module(folder, into, archs, log):
+    def compile_module(folder, into, archs, log, also):
         calls.append(archs)
         log.write_text("compiling")
-        (into / toolchain.FILE).write_text("half")
+        for name in (toolchain.FILE, *also):
+            (into / name).write_text("half")
         time.sleep(0.1)
         (into / toolchain.FILE).write_text(f"{archs} {len(calls)}")
         return into / toolchain.FILE
@@ -74,7 +75,7 @@ def test_a_build_is_kept_under_the_hash_of_what_went_in(checkout, compiled):
     assert module.parents[2] == checkout / "cache" / "cuda"
     assert module.parent.name == "80-real+90a-real+90-virtual"
     assert sorted(p.name for p in module.parent.iterdir() if p.name != "lock") == sorted(
-        [toolchain.FILE, "build.log"]
+        [toolchain.FILE, "build.log", "selftest"]
     )
     assert native.is_built()
     assert native.build() == module

@@ -158,7 +158,7 @@ void Stacks::prepare(int count) {
   }
   for (int i = 0; i < count; ++i) {
 #if defined(TILEWISE_ADDRESS)
-    ASAN_UNPOISON_MEMORY_REGION(stack(i), kStackBytes);
+    __asan_unpoison_memory_region(stack(i), kStackBytes);
 #endif
     std::memset(stack(i) + kStackBytes - kPoisonedBytes, 0xFF, kPoisonedBytes);
   }
@@ -174,7 +174,7 @@ void create(Fiber& fiber, char* stack, void (*entry)()) {
 
 void destroy([[maybe_unused]] Fiber& fiber, [[maybe_unused]] const void* end) {
 #if defined(TILEWISE_ADDRESS)
-  ASAN_UNPOISON_MEMORY_REGION(fiber.stack, kStackBytes);
+  __asan_unpoison_memory_region(fiber.stack, kStackBytes);
 #elif defined(TILEWISE_THREAD)
   void* host = __tsan_get_current_fiber();
   __tsan_switch_to_fiber(fiber.sanitized, __tsan_switch_to_fiber_no_sync);

@@ -9,9 +9,6 @@
 
 #if defined(TILEWISE_ADDRESS)
 #include <sanitizer/asan_interface.h>
-#else
-#define ASAN_POISON_MEMORY_REGION(address, bytes)
-#define ASAN_UNPOISON_MEMORY_REGION(address, bytes)
 #endif
 
 namespace tilewise::emulation {
@@ -28,6 +25,18 @@ constexpr unsigned char kPoison = 0xFF;  // NaN in every floating-point type
 
 const char kDynamic = 0;  // the key of dynamic shared memory
 
+// Whether AddressSanitizer lets anybody touch this memory. Its macros do nothing in this library.
+void forbid([[maybe_unused]] char* begin, [[maybe_unused]] size_t bytes) {
+#if defined(TILEWISE_ADDRESS)
+  __asan_poison_memory_region(begin, bytes);
+#endif
+}
+void permit([[maybe_unused]] char* begin, [[maybe_unused]] size_t bytes) {
+#if defined(TILEWISE_ADDRESS)
+  __asan_unpoison_memory_region(begin, bytes);
+#endif
+}
+
 SharedArray* find(SharedMemory& memory, const void* key) {
   for (SharedArray& array : memory.arrays) {
     if (array.key == key) return &array;
@@ -40,7 +49,7 @@ void* allocate(SharedMemory& memory, const void* key, const char* name, size_t b
   const size_t offset = (memory.used + alignment - 1) / alignment * alignment;
   memory.used = offset + bytes + kGap;
   memory.arrays.push_back({key, name, offset, bytes});
-  ASAN_UNPOISON_MEMORY_REGION(memory.base + offset, bytes);
+  permit(memory.base + offset, bytes);
   return memory.base + offset;
 }
 
@@ -60,8 +69,9 @@ char* map() {
 void prepare_shared(Block& block, size_t dynamic_bytes) {
   SharedMemory& memory = block.shared;
   if (!memory.base) memory.base = map();
+  permit(memory.base, kArenaBytes);
   std::memset(memory.base, kPoison, dynamic_bytes + kStaticBytes + kGaps);
-  ASAN_POISON_MEMORY_REGION(memory.base, kArenaBytes);
+  forbid(memory.base, kArenaBytes);
   block.tags = memory.base + kArenaBytes + kGuardBytes;
   memory.arrays.clear();
   memory.arrays.reserve(64);
@@ -73,7 +83,7 @@ void prepare_shared(Block& block, size_t dynamic_bytes) {
 
 SharedMemory::~SharedMemory() {
   if (!base) return;
-  ASAN_UNPOISON_MEMORY_REGION(base, kArenaBytes);
+  permit(base, kArenaBytes);
   munmap(base - kGuardBytes, kArenaBytes + kTagBytes + 2 * kGuardBytes);
 }
 

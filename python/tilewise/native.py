@@ -157,18 +157,45 @@ def build(force: bool = False, archs: str | None = None) -> Path:
     """
     if reason := obstacle():
         raise RuntimeError(f"build: {name()} {reason}")
-    if EMULATED:
-        return emulation.build(force)
+    return emulation.build(force) if EMULATED else build_for_gpus(force, archs)
+
+
+def build_for_gpus(force: bool = False, archs: str | None = None) -> Path:
+    """What `build` does unless emulated, and whether or not it may.
+
+    The self test launches the same kernels, so it comes along and compiles nothing twice.
+    """
+    if lacks := toolchain.missing():
+        raise RuntimeError(f"build: {MODULE} needs {lacks}")
     folder = toolchain.source()
     assert folder is not None
     wanted = archs or architectures(_capabilities())
 
     def make(into: Path, log: Path) -> Path:
-        return toolchain.compile_module(folder, into, wanted, log)
+        module = toolchain.compile_module(folder, into, wanted, log, ["selftest"])
+        if (into / "selftest").is_file():
+            (into / "selftest").replace(log.with_name("selftest"))
+        return module
 
     module = toolchain.build_once(_place(folder, wanted) / FILE, make, force)
     _find.cache_clear()
     return module
+
+
+def build_selftest(archs: str | None = None) -> Path:
+    """Compile csrc/selftest/ for GPUs, which holds every launcher to fp64 without Python.
+
+    Args:
+        archs: As for `build`.
+
+    Returns:
+        The program: for a GPU alone, or under compute-sanitizer. For the CPU there is
+        `emulation.build_selftest`.
+
+    Raises:
+        RuntimeError: If a tool is missing, or the compilation fails.
+    """
+    return build_for_gpus(archs=archs).with_name("selftest")
 
 
 def load() -> ModuleType:

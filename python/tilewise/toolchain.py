@@ -161,16 +161,24 @@ def for_python(folder: Path) -> dict[str, object]:
     }
 
 
-def compile_module(folder: Path, into: Path, archs: str, log: Path) -> Path:
+def for_gpus(archs: str) -> dict[str, object]:
+    """The options of what nvcc compiles."""
+    return {"CMAKE_CUDA_ARCHITECTURES": archs, "CMAKE_CUDA_COMPILER": nvcc()}
+
+
+def compile_module(
+    folder: Path, into: Path, archs: str, log: Path, also: Sequence[str] = ()
+) -> Path:
     """Compile the CUDA module from `folder` and return it, written `into`; output goes to `log`.
+
+    So are the targets `also`.
 
     Raises:
         RuntimeError: If a tool is missing or fails.
     """
     if lacks := missing():
         raise RuntimeError(f"build: tilewise._cuda needs {lacks}")
-    cuda = {"CMAKE_CUDA_ARCHITECTURES": archs, "CMAKE_CUDA_COMPILER": nvcc()}
-    compile_targets(["_cuda"], folder, into, for_python(folder) | cuda, log)
+    compile_targets([*also, "_cuda"], folder, into, for_python(folder) | for_gpus(archs), log)
     return into / FILE
 
 
