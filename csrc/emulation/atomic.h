@@ -12,9 +12,10 @@
 namespace tilewise::emulation {
 
 template <typename T>
-using WordOf = std::conditional_t<
-    sizeof(T) == 8, uint64_t,
-    std::conditional_t<sizeof(T) == 4, uint32_t, std::conditional_t<sizeof(T) == 2, uint16_t, void>>>;
+using WordOf =
+    std::conditional_t<sizeof(T) == 8, uint64_t,
+                       std::conditional_t<sizeof(T) == 4, uint32_t,
+                                          std::conditional_t<sizeof(T) == 2, uint16_t, void>>>;
 
 // Replace *address by change(*address) and return what was there.
 template <typename T, typename Change>
@@ -40,12 +41,12 @@ T atomic(T* address, Change change, const char* what, Place place) {
 }  // namespace tilewise::emulation
 
 // The other argument has the type of the memory, converted as in a call of a function.
-#define TILEWISE_ATOMIC(name, expression)                                                   \
-  template <typename T>                                                                     \
-  T name(T* address, std::common_type_t<T> v,                                               \
-         tilewise::emulation::Place place = tilewise::emulation::Place::here()) {           \
-    const auto change = [v](T old) -> T { return expression; };                             \
-    return tilewise::emulation::atomic(address, change, #name, place);                      \
+#define TILEWISE_ATOMIC(name, expression)                                         \
+  template <typename T>                                                           \
+  T name(T* address, std::common_type_t<T> v,                                     \
+         tilewise::emulation::Place place = tilewise::emulation::Place::here()) { \
+    const auto change = [v](T old) -> T { return expression; };                   \
+    return tilewise::emulation::atomic(address, change, #name, place);            \
   }
 
 TILEWISE_ATOMIC(atomicAdd, old + v)
@@ -53,7 +54,7 @@ TILEWISE_ATOMIC(atomicSub, old - v)
 TILEWISE_ATOMIC(atomicMin, v < old ? v : old)
 TILEWISE_ATOMIC(atomicMax, old < v ? v : old)
 TILEWISE_ATOMIC(atomicExch, (static_cast<void>(old), v))
-TILEWISE_ATOMIC(atomicAnd, old & v)
+TILEWISE_ATOMIC(atomicAnd, old& v)
 TILEWISE_ATOMIC(atomicOr, old | v)
 TILEWISE_ATOMIC(atomicXor, old ^ v)
 TILEWISE_ATOMIC(atomicInc, old >= v ? 0 : old + 1)

@@ -135,9 +135,7 @@ void Stacks::unmap() {
   memory_ = nullptr;
 }
 
-char* Stacks::stack(int i) const {
-  return memory_ + i * (kGuardBytes + kStackBytes) + kGuardBytes;
-}
+char* Stacks::stack(int i) const { return memory_ + i * (kGuardBytes + kStackBytes) + kGuardBytes; }
 
 void Stacks::prepare(int count) {
 #if defined(TILEWISE_THREAD)
@@ -207,8 +205,7 @@ void enter(Fiber& fiber) {
 
 void leave(Fiber& fiber, [[maybe_unused]] bool last) {
 #if defined(TILEWISE_ADDRESS)
-  __sanitizer_start_switch_fiber(last ? nullptr : &fiber.fake_stack, host_stack,
-                                 host_stack_bytes);
+  __sanitizer_start_switch_fiber(last ? nullptr : &fiber.fake_stack, host_stack, host_stack_bytes);
 #elif defined(TILEWISE_THREAD)
   __tsan_switch_to_fiber(host_sanitized, __tsan_switch_to_fiber_no_sync);
 #endif

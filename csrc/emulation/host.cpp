@@ -134,7 +134,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
   constexpr size_t kAlignment = 256;
   *memory = nullptr;
-  if (bytes && posix_memalign(memory, kAlignment, bytes)) return returned(cudaErrorMemoryAllocation);
+  if (bytes && posix_memalign(memory, kAlignment, bytes))
+    return returned(cudaErrorMemoryAllocation);
   if (bytes) std::memset(*memory, 0xFF, bytes);  // NaN, where a GPU would have anything at all
   return cudaSuccess;
 }

@@ -25,8 +25,8 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* configuration,
                                void (*kernel)(Parameters...), Arguments&&... arguments) {
   const auto body = [&] { kernel(Parameters(arguments)...); };
-  return tilewise::emulation::checked_launch(*configuration,
-                                             reinterpret_cast<const void*>(kernel), body);
+  return tilewise::emulation::checked_launch(*configuration, reinterpret_cast<const void*>(kernel),
+                                             body);
 }
 
 template <typename... Parameters>

@@ -88,15 +88,14 @@ void on_idle(bool (*work)());
 void on_residence(void (*forget)());
 
 // End the launch. The message should begin with the name of the instruction.
-[[noreturn]] void fail(Place place, const char* format, ...)
-    __attribute__((format(printf, 2, 3)));
+[[noreturn]] void fail(Place place, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 // --- Order between threads, for ThreadSanitizer; nothing in other builds.
 
 void release(const void* address);
 void acquire(const void* address);
-void fence(bool of_block);                 // __threadfence, __threadfence_block
-void before_atomic(const void* address);   // around every atomic operation
+void fence(bool of_block);                // __threadfence, __threadfence_block
+void before_atomic(const void* address);  // around every atomic operation
 void after_atomic(const void* address);
 
 // --- Shared memory: poisoned when a block begins, one arena for each resident block.

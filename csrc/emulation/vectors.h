@@ -3,22 +3,14 @@
 
 #include <cstdint>
 
-#define TILEWISE_VECTORS(name, type)                                                            \
-  struct name##1 {                                                                              \
-    type x;                                                                                     \
-  };                                                                                            \
-  struct alignas(2 * sizeof(type)) name##2 {                                                    \
-    type x, y;                                                                                  \
-  };                                                                                            \
-  struct name##3 {                                                                              \
-    type x, y, z;                                                                               \
-  };                                                                                            \
-  struct alignas(4 * sizeof(type) < 16 ? 4 * sizeof(type) : 16) name##4 {                       \
-    type x, y, z, w;                                                                            \
-  };                                                                                            \
-  inline name##1 make_##name##1(type x) { return {x}; }                                         \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                              \
-  inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; }                   \
+#define TILEWISE_VECTORS(name, type)                                                          \
+  struct name##1 { type x; };                                                                 \
+  struct alignas(2 * sizeof(type)) name##2 { type x, y; };                                    \
+  struct name##3 { type x, y, z; };                                                           \
+  struct alignas(4 * sizeof(type) < 16 ? 4 * sizeof(type) : 16) name##4 { type x, y, z, w; }; \
+  inline name##1 make_##name##1(type x) { return {x}; }                                       \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                            \
+  inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; }                 \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 
 TILEWISE_VECTORS(char, signed char)

@@ -55,8 +55,7 @@ T reduce(unsigned mask, T value, Combine combine, const char* what, Place place)
 
 // --- Barriers.
 
-inline void __syncthreads(
-    tilewise::emulation::Place place = tilewise::emulation::Place::here()) {
+inline void __syncthreads(tilewise::emulation::Place place = tilewise::emulation::Place::here()) {
   tilewise::emulation::sync_block("__syncthreads", place);
 }
 
@@ -65,8 +64,8 @@ inline int __syncthreads_count(
   return tilewise::emulation::sync_block_count(predicate != 0, "__syncthreads_count", place);
 }
 
-inline int __syncthreads_or(
-    int predicate, tilewise::emulation::Place place = tilewise::emulation::Place::here()) {
+inline int __syncthreads_or(int predicate,
+                            tilewise::emulation::Place place = tilewise::emulation::Place::here()) {
   return tilewise::emulation::sync_block_count(predicate != 0, "__syncthreads_or", place) != 0;
 }
 
@@ -75,9 +74,8 @@ inline int __syncthreads_and(
   return tilewise::emulation::sync_block_count(predicate == 0, "__syncthreads_and", place) == 0;
 }
 
-inline void __syncwarp(
-    unsigned mask = 0xffffffff,
-    tilewise::emulation::Place place = tilewise::emulation::Place::here()) {
+inline void __syncwarp(unsigned mask = 0xffffffff,
+                       tilewise::emulation::Place place = tilewise::emulation::Place::here()) {
   uint64_t values[tilewise::emulation::kLanes];
   tilewise::emulation::exchange(mask, 0, values, true, "__syncwarp", place);
 }
@@ -86,8 +84,8 @@ inline void __threadfence() { tilewise::emulation::fence(false); }
 inline void __threadfence_system() { tilewise::emulation::fence(false); }
 inline void __threadfence_block() { tilewise::emulation::fence(true); }
 
-inline void __nanosleep(
-    unsigned, tilewise::emulation::Place place = tilewise::emulation::Place::here()) {
+inline void __nanosleep(unsigned,
+                        tilewise::emulation::Place place = tilewise::emulation::Place::here()) {
   tilewise::emulation::preempt("__nanosleep", place);
 }
 
@@ -152,9 +150,8 @@ inline int __all_sync(unsigned mask, int predicate,
 }
 
 template <typename T>
-unsigned __match_any_sync(
-    unsigned mask, T value,
-    tilewise::emulation::Place place = tilewise::emulation::Place::here()) {
+unsigned __match_any_sync(unsigned mask, T value,
+                          tilewise::emulation::Place place = tilewise::emulation::Place::here()) {
   using namespace tilewise::emulation;
   uint64_t values[kLanes];
   const unsigned came = exchange(mask, to_word(value), values, false, "__match_any_sync", place);
@@ -166,9 +163,8 @@ unsigned __match_any_sync(
 }
 
 template <typename T>
-unsigned __match_all_sync(
-    unsigned mask, T value, int* all,
-    tilewise::emulation::Place place = tilewise::emulation::Place::here()) {
+unsigned __match_all_sync(unsigned mask, T value, int* all,
+                          tilewise::emulation::Place place = tilewise::emulation::Place::here()) {
   using namespace tilewise::emulation;
   uint64_t values[kLanes];
   const unsigned came = exchange(mask, to_word(value), values, false, "__match_all_sync", place);
@@ -182,17 +178,17 @@ unsigned __match_all_sync(
   return mask;
 }
 
-#define TILEWISE_REDUCE(name, type, expression)                                           \
-  inline type name(unsigned mask, type value,                                             \
+#define TILEWISE_REDUCE(name, type, expression)                                             \
+  inline type name(unsigned mask, type value,                                               \
                    tilewise::emulation::Place place = tilewise::emulation::Place::here()) { \
-    const auto combine = [](type a, type b) -> type { return expression; };               \
-    return tilewise::emulation::reduce(mask, value, combine, #name, place);               \
+    const auto combine = [](type a, type b) -> type { return expression; };                 \
+    return tilewise::emulation::reduce(mask, value, combine, #name, place);                 \
   }
 
 TILEWISE_REDUCE(__reduce_add_sync, unsigned, a + b)
 TILEWISE_REDUCE(__reduce_min_sync, unsigned, a < b ? a : b)
 TILEWISE_REDUCE(__reduce_max_sync, unsigned, a > b ? a : b)
-TILEWISE_REDUCE(__reduce_and_sync, unsigned, a & b)
+TILEWISE_REDUCE(__reduce_and_sync, unsigned, a& b)
 TILEWISE_REDUCE(__reduce_or_sync, unsigned, a | b)
 TILEWISE_REDUCE(__reduce_xor_sync, unsigned, a ^ b)
 TILEWISE_REDUCE(__reduce_add_sync, int,

@@ -105,14 +105,12 @@ Array::~Array() { cudaFree(device_); }
 void Array::upload(const std::vector<unsigned char>& bits) {
   count_ = bits.size() / bytes_of(dtype_);
   must_succeed(cudaMalloc(&device_, bits.size()), "cudaMalloc");
-  must_succeed(cudaMemcpy(device_, bits.data(), bits.size(), cudaMemcpyHostToDevice),
-               "cudaMemcpy");
+  must_succeed(cudaMemcpy(device_, bits.data(), bits.size(), cudaMemcpyHostToDevice), "cudaMemcpy");
 }
 
 std::vector<unsigned char> Array::bits() const {
   std::vector<unsigned char> host(count_ * bytes_of(dtype_));
-  must_succeed(cudaMemcpy(host.data(), device_, host.size(), cudaMemcpyDeviceToHost),
-               "cudaMemcpy");
+  must_succeed(cudaMemcpy(host.data(), device_, host.size(), cudaMemcpyDeviceToHost), "cudaMemcpy");
   return host;
 }
 

@@ -56,8 +56,8 @@ Run run(const Size& size, const std::vector<Values>& inputs, DType dtype, DType 
   const Array weight_sums(DType::f32, weighted ? parts * cols : 0);
   const Array bias_sums(DType::f32, weighted ? parts * cols : 0);
   must_succeed(
-      layer_norm_forward(y.at(), mean.at<float>(), rstd.at<float>(), x.at(), weight.at(),
-                         bias.at(), rows, cols, stride, kEps, dtype, weight_dtype, nullptr),
+      layer_norm_forward(y.at(), mean.at<float>(), rstd.at<float>(), x.at(), weight.at(), bias.at(),
+                         rows, cols, stride, kEps, dtype, weight_dtype, nullptr),
       "layer_norm_forward");
   must_succeed(layer_norm_backward(dx.at(), dweight.at(), dbias.at(), weight_sums.at<float>(),
                                    bias_sums.at<float>(), dy.at(), x.at(), weight.at(),
@@ -84,16 +84,17 @@ void layer_norm() {
     for (const Size& size : sizes()) {
       const int kind = turn++ % 4;  // both like x, both in fp32, only a weight, neither
       const DType weight_dtype = kind == 1 ? DType::f32 : dtype;
-      const std::vector<Values> inputs{
-          normal(dtype, size.rows * size.cols, 1), normal(dtype, size.rows * size.cols, 2),
-          kind == 3 ? Values() : normal(weight_dtype, size.cols, 3),
-          kind >= 2 ? Values() : normal(weight_dtype, size.cols, 4)};
-      report(case_name("layer_norm", dtype, size),
-             [&] { return run(size, inputs, dtype, weight_dtype); },
-             [&](const std::vector<Values>& given, bool single) {
-               return single ? reference<float>(size, given) : reference<double>(size, given);
-             },
-             inputs);
+      const std::vector<Values> inputs{normal(dtype, size.rows * size.cols, 1),
+                                       normal(dtype, size.rows * size.cols, 2),
+                                       kind == 3 ? Values() : normal(weight_dtype, size.cols, 3),
+                                       kind >= 2 ? Values() : normal(weight_dtype, size.cols, 4)};
+      report(
+          case_name("layer_norm", dtype, size),
+          [&] { return run(size, inputs, dtype, weight_dtype); },
+          [&](const std::vector<Values>& given, bool single) {
+            return single ? reference<float>(size, given) : reference<double>(size, given);
+          },
+          inputs);
     }
   }
   must_refuse("layer_norm of no rows",

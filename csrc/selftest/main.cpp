@@ -35,7 +35,7 @@ void choose_order(int i) {
 }  // namespace
 
 const std::vector<Size>& sizes() {
-  static const std::vector<Size> kSizes{{3, 8, 0},   {1, 1, 0},  {3, 127, 0}, {5, 64, 8},
+  static const std::vector<Size> kSizes{{3, 8, 0},   {1, 1, 0},  {3, 127, 0},  {5, 64, 8},
                                         {40, 16, 3}, {5, 65, 1}, {9, 1024, 0}, {2, 2051, 5}};
   return kSizes;
 }
@@ -64,8 +64,8 @@ void keep(Run& run, const std::string& name, DType dtype, int64_t cols, const Ar
   run.outputs.push_back({name, dtype, static_cast<size_t>(cols), array.values()});
 }
 
-void report(const std::string& name, const std::function<Run()>& run,
-            const Reference& reference, const std::vector<Values>& inputs) {
+void report(const std::string& name, const std::function<Run()>& run, const Reference& reference,
+            const std::vector<Values>& inputs) {
   choose_order(0);
   const Run first = run();
   std::string what;

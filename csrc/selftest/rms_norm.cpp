@@ -69,15 +69,16 @@ void rms_norm() {
     for (const Size& size : sizes()) {
       const int kind = turn++ % 3;  // a weight like x, one in fp32, none
       const DType weight_dtype = kind == 1 ? DType::f32 : dtype;
-      const std::vector<Values> inputs{
-          normal(dtype, size.rows * size.cols, 1), normal(dtype, size.rows * size.cols, 2),
-          kind == 2 ? Values() : normal(weight_dtype, size.cols, 3)};
-      report(case_name("rms_norm", dtype, size),
-             [&] { return run(size, inputs, dtype, weight_dtype); },
-             [&](const std::vector<Values>& given, bool single) {
-               return single ? reference<float>(size, given) : reference<double>(size, given);
-             },
-             inputs);
+      const std::vector<Values> inputs{normal(dtype, size.rows * size.cols, 1),
+                                       normal(dtype, size.rows * size.cols, 2),
+                                       kind == 2 ? Values() : normal(weight_dtype, size.cols, 3)};
+      report(
+          case_name("rms_norm", dtype, size),
+          [&] { return run(size, inputs, dtype, weight_dtype); },
+          [&](const std::vector<Values>& given, bool single) {
+            return single ? reference<float>(size, given) : reference<double>(size, given);
+          },
+          inputs);
     }
   }
   must_refuse("rms_norm of no rows", rms_norm_forward(nullptr, nullptr, nullptr, nullptr, 0, 8, 8,

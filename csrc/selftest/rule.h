@@ -21,7 +21,8 @@ struct Output {
 };
 
 // The reference: inputs in, as many outputs as the kernel has out. `single`: in fp32 arithmetic.
-using Reference = std::function<std::vector<Values>(const std::vector<Values>& inputs, bool single)>;
+using Reference =
+    std::function<std::vector<Values>(const std::vector<Values>& inputs, bool single)>;
 
 struct Verdict {
   double error;

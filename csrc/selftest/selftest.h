@@ -31,8 +31,8 @@ void keep(Run& run, const std::string& name, DType dtype, int64_t cols, const Ar
 
 // Run it several times, in every order the emulator knows, hold the bits to be the same and the
 // first run's values to the rule, and print a line.
-void report(const std::string& name, const std::function<Run()>& run,
-            const Reference& reference, const std::vector<Values>& inputs);
+void report(const std::string& name, const std::function<Run()>& run, const Reference& reference,
+            const std::vector<Values>& inputs);
 
 // A launch of no rows is an error and touches nothing.
 void must_refuse(const std::string& name, cudaError_t status);

@@ -35,9 +35,8 @@ Run run(const Size& size, bool log, const std::vector<Values>& inputs, DType dty
   const int64_t rows = size.rows, cols = size.cols, stride = cols + size.gap;
   const Array x(dtype, inputs[0], rows, stride), dy(dtype, inputs[1], rows, stride);
   const Array y(dtype, rows * cols), dx(dtype, rows * cols);
-  must_succeed(
-      softmax_forward(y.at(), x.at(), rows, cols, stride, kScale, log, dtype, nullptr),
-      "softmax_forward");
+  must_succeed(softmax_forward(y.at(), x.at(), rows, cols, stride, kScale, log, dtype, nullptr),
+               "softmax_forward");
   must_succeed(softmax_backward(dx.at(), dy.at(), y.at(), rows, cols, stride, cols, kScale, log,
                                 dtype, nullptr),
                "softmax_backward");
@@ -55,18 +54,19 @@ void softmax() {
       for (const Size& size : sizes()) {
         const std::vector<Values> inputs{normal(dtype, size.rows * size.cols, 1),
                                          normal(dtype, size.rows * size.cols, 2)};
-        report(case_name(log ? "log_softmax" : "softmax", dtype, size),
-               [&] { return run(size, log, inputs, dtype); },
-               [&](const std::vector<Values>& given, bool single) {
-                 return single ? reference<float>(size, log, given)
-                               : reference<double>(size, log, given);
-               },
-               inputs);
+        report(
+            case_name(log ? "log_softmax" : "softmax", dtype, size),
+            [&] { return run(size, log, inputs, dtype); },
+            [&](const std::vector<Values>& given, bool single) {
+              return single ? reference<float>(size, log, given)
+                            : reference<double>(size, log, given);
+            },
+            inputs);
       }
     }
   }
-  must_refuse("softmax of no rows", softmax_forward(nullptr, nullptr, 0, 8, 8, kScale, false,
-                                                    DType::f32, nullptr));
+  must_refuse("softmax of no rows",
+              softmax_forward(nullptr, nullptr, 0, 8, 8, kScale, false, DType::f32, nullptr));
 }
 
 }  // namespace tilewise::selftest

@@ -56,7 +56,7 @@ def build(force: bool = False) -> Path:
     assert folder is not None
     # The self test launches the same kernels, so it comes along and compiles nothing twice.
     made = {"selftest": "selftest", "_emulated": FILE}
-    return _build(made, "plain", toolchain.for_python(folder), force=force)
+    return _build(made, "plain", toolchain.for_python(folder, True), force=force)
 
 
 def build_selftest(sanitizer: str = "plain") -> Path:

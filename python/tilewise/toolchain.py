@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,9 +50,11 @@ def source() -> Path | None:
     return None
 
 
-def digest(folder: Path) -> str:
-    """Hash the names and contents of all that is compiled."""
+def digest(folder: Path, emulated: bool = False) -> str:
+    """Hash the names and contents of all that is compiled; without the emulator, for GPUs."""
     files = [p for p in (folder / "csrc").rglob("*") if p.suffix in SUFFIXES]
+    if not emulated:
+        files = [p for p in files if folder / "csrc" / "emulation" not in p.parents]
     total = hashlib.sha256()
     for path in sorted([folder / "CMakeLists.txt", *files]):
         content = path.read_bytes()
@@ -150,14 +152,14 @@ def compile_targets(
                 raise RuntimeError(f"build: {targets[-1]} must compile, see {log}\n{excerpt}")
 
 
-def for_python(folder: Path) -> dict[str, object]:
+def for_python(folder: Path, emulated: bool = False) -> dict[str, object]:
     """The options of a module that this Python imports."""
     return {
         "CMAKE_BUILD_TYPE": "Release",
         "MODULE_SUFFIX": SUFFIX,
         "PYBIND11_INCLUDE": pybind11(),
         "Python_EXECUTABLE": sys.executable,
-        "TILEWISE_SOURCES": digest(folder),
+        "TILEWISE_SOURCES": digest(folder, emulated),
     }
 
 
@@ -198,10 +200,11 @@ def cache_folder(kind: str = "cuda") -> Path:
     return Path(base) / "tilewise" / kind
 
 
-def builds(folder: Path, program: str, kind: str = "cuda", more: Iterable[str] = ()) -> Path:
+def builds(folder: Path, program: str, kind: str = "cuda") -> Path:
     """Where the builds of these sources by this compiler are, one folder for each variant."""
     flags = [f"{name}={os.environ.get(name, '')}" for name in FLAGS]
-    parts = [digest(folder), version(program), SUFFIX, *flags, *more]
+    emulated = kind == "emulation"
+    parts = [digest(folder, emulated), version(program), SUFFIX, *flags]
     return cache_folder(kind) / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 

@@ -12,8 +12,8 @@ int main(int count, char** words) {
   const int orders = count > 3 ? std::atoi(words[3]) : 1;
   const bool every = !std::strcmp(words[1], "every"), bug = !std::strcmp(words[2], "bug");
   bool right = true, known = false;
-  for (const auto* room : {&seeded::kBarriers, &seeded::kWarps, &seeded::kMemory,
-                           &seeded::kBlocks}) {
+  for (const auto* room :
+       {&seeded::kBarriers, &seeded::kWarps, &seeded::kMemory, &seeded::kBlocks}) {
     for (const seeded::Seed& seed : *room) {
       if (!every && std::strcmp(words[1], seed.name) != 0) continue;
       known = true;

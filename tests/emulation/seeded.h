@@ -57,8 +57,8 @@ class Device {
   bool equals(const std::vector<T>& expected) const {
     for (size_t i = 0; i < count_; ++i) {
       if (!(memory_[i] == expected[i])) {
-        std::printf("wrong: element %zu is %g and must be %g\n", i,
-                    static_cast<double>(memory_[i]), static_cast<double>(expected[i]));
+        std::printf("wrong: element %zu is %g and must be %g\n", i, static_cast<double>(memory_[i]),
+                    static_cast<double>(expected[i]));
         return false;
       }
     }

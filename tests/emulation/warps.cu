@@ -19,9 +19,9 @@ template <bool kBug>
 __global__ void shuffle_in_a_branch(float* x) {
   float v = x[threadIdx.x];
   for (int lane = 16; lane > 0; lane /= 2) {
-    float other = 0.f;
-    if (!kBug || threadIdx.x < 31) other = __shfl_xor_sync(kAll, v, lane);  // found: shuffle_in_a_branch
-    v += other;
+    if (!kBug || threadIdx.x < 31) {
+      v += __shfl_xor_sync(kAll, v, lane);  // found: shuffle_in_a_branch
+    }
   }
   x[threadIdx.x] = v;
 }

@@ -29,8 +29,8 @@
 
 // The two things of CUDA that no function and no qualifier can stand for. csrc/cuda/launch.cuh has
 // them for nvcc.
-#define TILEWISE_SHARED(name, ...)                                                            \
-  static const char name##_key = 0;  \
+#define TILEWISE_SHARED(name, ...)  \
+  static const char name##_key = 0; \
   auto& name = ::tilewise::emulation::shared_array<__VA_ARGS__>(&name##_key, #name)
 #define TILEWISE_DYNAMIC_SHARED(name, type) \
   type* name = static_cast<type*>(::tilewise::emulation::dynamic_shared())
