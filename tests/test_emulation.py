@@ -14,6 +14,7 @@ import numpy
 import pytest
 import torch
 
+import tilewise
 from tilewise import emulation, native, toolchain
 from tilewise.check import outputs_and_grads
 from tilewise.choice import EMULATED_ELEMENTS, refusal
@@ -231,6 +232,16 @@ def test_an_unknown_order_is_refused(monkeypatch):
     monkeypatch.setenv("TILEWISE_EMULATION_ORDER", "sideways")
     with pytest.raises(RuntimeError, match="must be forward, reverse or a number, got sideways"):
         module.softmax_forward(x.data_ptr(), x.data_ptr(), 1, 8, 8, 1.0, False, module.f32, 0)
+
+
+def test_emulated_kernels_are_never_chosen_unasked():
+    emulated()
+    native.load()
+    x = torch.ones(2, 8)
+    answer = tilewise.explain("softmax", x, dim=-1)
+    assert answer["cuda"] == "is emulated, never chosen automatically"
+    with tilewise.backend("cuda"):
+        assert tilewise.explain("softmax", x, dim=-1)["cuda"] == "chosen"
 
 
 def test_emulated_kernels_refuse_what_would_take_too_long(monkeypatch):

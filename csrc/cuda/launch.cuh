@@ -15,7 +15,7 @@ namespace tilewise {
 // TILEWISE_SHARED(sums, float[4][32]): an array that the threads of a block share.
 template <typename T>
 using Same = T;
-#define TILEWISE_SHARED(name, ...) __shared__::tilewise::Same<__VA_ARGS__> name
+#define TILEWISE_SHARED(name, ...) __shared__ tilewise::Same<__VA_ARGS__> name
 
 // TILEWISE_DYNAMIC_SHARED(sums, float): a pointer to as much as the launch asked for.
 #define TILEWISE_DYNAMIC_SHARED(name, type)                  \

@@ -17,7 +17,7 @@ from torch import Tensor
 from tilewise.check import Result, Standard, gradient_inputs, outputs_and_grads, standard_of
 from tilewise.choice import refusal
 from tilewise.clock import Call, Roof, fair_clock, interleaved, measure_roof, peak_bytes, summary
-from tilewise.op import INTERPRETED, Op, Size, Tensors
+from tilewise.op import Op, Size, Tensors, stand_in
 
 DIRECTIONS = ("forward", "forward+backward")
 PEERS = ("reference", "torch", "torch.compile")
@@ -280,8 +280,8 @@ def providers(
             continue
         if refused := refusal(candidate, *tensors, **options):
             absent[name] = refused[1]
-        elif name == "triton" and INTERPRETED:
-            absent[name] = "is interpreted, not worth the clock"
+        elif how := stand_in(name):
+            absent[name] = f"is {how}, not worth the clock"
         else:
             calls[name] = partial(op.call, backend=name)
     return calls, absent

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tilewise import native
-from tilewise.op import INTERPRETED, OPS, Backend, Op
+from tilewise.op import OPS, Backend, Op, stand_in
 
 BACKENDS = ("cuda", "numba", "triton", "reference")
 
@@ -100,10 +100,8 @@ def _passed_over(name: str, candidate: Backend, *tensors: Any, **options: Any) -
         return refused[1]
     if not _present(candidate.needs):
         return "is not built, run `tilewise build`"
-    if name == "triton" and INTERPRETED:
-        return "is interpreted, never chosen automatically"
-    if name == "cuda" and native.EMULATED:
-        return "is emulated, never chosen automatically"
+    if how := stand_in(name):
+        return f"is {how}, never chosen automatically"
     return candidate.declines(*tensors, **options)
 
 

@@ -27,6 +27,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 TRITON_DEVICES = frozenset({"cuda", "cpu"}) if INTERPRETED else CUDA
 
 
+def stand_in(backend: str) -> str | None:
+    """How a CPU does a GPU's work: "interpreted" Triton, "emulated" CUDA; None if it does not."""
+    if backend == "triton" and INTERPRETED:
+        return "interpreted"
+    return "emulated" if backend == "cuda" and native.EMULATED else None
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op.

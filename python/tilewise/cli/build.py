@@ -11,7 +11,7 @@ from tilewise.check import outputs_and_grads
 from tilewise.choice import refusal
 from tilewise.cli.arguments import dtype_name, named_ops
 from tilewise.cli.console import with_progress
-from tilewise.op import INTERPRETED, Op
+from tilewise.op import Op, stand_in
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def warm(op: Op, device: str) -> Iterator[str]:
     That compiles its kernels, or finds them in the cache.
     """
     for name, backend in op.backends.items():
-        if device not in backend.devices or (name == "triton" and INTERPRETED):
+        if device not in backend.devices or stand_in(name):
             continue
         dtypes, begun = sorted(backend.dtypes, key=dtype_name), time.monotonic()
         done = []
