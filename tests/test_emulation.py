@@ -155,7 +155,7 @@ def test_clean_kernels_give_no_finding_in_any_order(sanitizer):
 
 @pytest.mark.parametrize(
     "sanitizer, orders",
-    [("plain", 4), ("address", 2), pytest.param("thread", 2, marks=pytest.mark.slow)],
+    [("plain", 4), ("address", 2), pytest.param("thread", 1, marks=pytest.mark.slow)],
 )
 def test_selftest(sanitizer, orders):
     if lacks := toolchain.lacking(module=False):
