@@ -98,9 +98,9 @@ void* host_stack_pointer;
 [[maybe_unused]] void* host_sanitized;
 
 // Of threads that ended. ThreadSanitizer gives the identity of a destroyed one to a new one, and
-// takes both for the same thread, so a launch keeps them: as many as it can have, and room.
+// takes both for the same thread, so a launch keeps them for a while: its clocks grow with them.
 std::vector<void*> identities;
-[[maybe_unused]] constexpr size_t kMaxIdentities = 4096;
+[[maybe_unused]] constexpr size_t kMaxIdentities = 1024;
 
 // What tilewise_switch pops when it first switches to a fiber with this stack.
 void* first_frame(char* stack, void (*entry)()) {
