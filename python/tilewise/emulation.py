@@ -51,12 +51,13 @@ def build(force: bool = False) -> Path:
     """
     if lacks := missing():
         raise RuntimeError(f"build: {MODULE} needs {lacks}")
-    find.cache_clear()
     folder = toolchain.source()
     assert folder is not None
     # The self test launches the same kernels, so it comes along and compiles nothing twice.
     made = {"selftest": "selftest", "_emulated": FILE}
-    return _build(made, "plain", toolchain.for_python(folder, True), force=force)
+    module = _build(made, "plain", toolchain.for_python(folder, True), force=force)
+    find.cache_clear()
+    return module
 
 
 def build_selftest(sanitizer: str = "plain") -> Path:
