@@ -205,7 +205,9 @@ def emulated():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("op", [op for op in OPS.values() if "cuda" in op.backends], ids=str)
+@pytest.mark.parametrize(
+    "op", [op for op in OPS.values() if "cuda" in op.backends], ids=lambda op: op.name
+)
 def test_bits_do_not_depend_on_the_order(monkeypatch, op, dtype):
     emulated()
     size = max(op.sizes, key=lambda size: size["rows"] * size["cols"])
