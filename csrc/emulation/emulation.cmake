@@ -30,7 +30,7 @@ endif()
 set(device -g -O1 -fno-strict-aliasing -ffp-contract=off -fno-omit-frame-pointer
   -Wno-unknown-pragmas -Wno-unused-variable ${instrumented})
 set(warnings -Wall -Wextra -Werror ${device})
-set_source_files_properties(${kernels} PROPERTIES LANGUAGE CXX)
+set_source_files_properties(${kernels} ${units} PROPERTIES LANGUAGE CXX)
 
 if(TILEWISE_PROGRAM)
   add_executable(program EXCLUDE_FROM_ALL ${TILEWISE_PROGRAM})

@@ -103,6 +103,7 @@ struct Machine {
   uint64_t spins = 0;  // preemptions since a thread last waited or returned
   Order order = Order::kForward;
   uint64_t random = 0;
+  uint64_t skew = 0;  // in a random order, what makes some warps slow; 0: none is
   Thread* current = nullptr;  // that runs, or whose condition is asked
   bool on_fiber = false;
   char failure[4096] = "";
@@ -114,6 +115,7 @@ extern Machine machine;
 
 void suspend(const Wait& wait);  // until somebody makes this thread ready
 void make_ready(Thread* thread);
+bool poll();  // make ready whoever waits for what has come true; whether there is anybody
 uint64_t draw();
 
 // --- warp.cpp

@@ -84,6 +84,9 @@ void preempt(const char* what, Place place);
 // Registered once for all launches; runs outside of any thread.
 void on_idle(bool (*work)());
 
+// Have `check` called when the last thread of a block has returned; it may fail.
+void on_end(void (*check)(const struct Block& block));
+
 // Have `forget` called before the first block of a cluster and after its last thread.
 void on_residence(void (*forget)());
 

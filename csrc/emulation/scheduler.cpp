@@ -1,5 +1,6 @@
 // Who runs next. TILEWISE_EMULATION_ORDER says in which order blocks and threads take their turns:
-// "forward" (the default), "reverse", or a number: the seed of a random order.
+// "forward" (the default), "reverse", or a number: the seed of a random order. By an odd seed some
+// warps are slow: they hardly run while others can.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
@@ -26,8 +27,17 @@ constexpr uint64_t kMaxSpins = 1 << 22;  // while no thread waits or returns
 
 std::mutex running;
 thread_local std::string last_report;
-std::vector<bool (*)()> idle_work;
-std::vector<void (*)()> residence_work;
+// What other files register before main: made on first use, for files have no order.
+struct Work {
+  std::vector<bool (*)()> idle;
+  std::vector<void (*)(const Block&)> end;
+  std::vector<void (*)()> residence;
+};
+
+Work& work() {
+  static Work registered;
+  return registered;
+}
 
 struct Failure : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -43,6 +53,7 @@ void read_order() {
     machine.order = Order::kReverse;
   } else if (*end == '\0') {
     machine.order = Order::kRandom;
+    machine.skew = machine.random & 1 ? 0 : draw();
   } else {
     throw Failure(std::string("TILEWISE_EMULATION_ORDER: must be forward, reverse or a number, "
                               "got ") +
@@ -97,6 +108,26 @@ void make_resident(const uint3* indices, unsigned count) {
   if (machine.order == Order::kReverse) std::reverse(machine.ready.begin(), machine.ready.end());
 }
 
+// How much a thread is in a hurry, like all of its warp, or of its four warps.
+uint64_t haste(const Thread& thread) {
+  const int together = machine.skew & 1 ? kLanes : 4 * kLanes;
+  const uint64_t group = thread.block->cluster_rank * kMaxBlockThreads + thread.rank / together;
+  const uint64_t mixed = (group + 1) * (machine.skew | 1);
+  return (mixed ^ mixed >> 29) * 0x9E3779B97F4A7C15 >> 32;
+}
+
+// The place in `ready` of one that may run next, drawn.
+size_t draw_place() {
+  constexpr int kCandidates = 8;
+  const auto place = [] { return machine.next + draw() % (machine.ready.size() - machine.next); };
+  size_t best = place();
+  for (int i = 1; i < kCandidates && machine.skew; ++i) {
+    const size_t other = place();
+    if (haste(*machine.ready[other]) > haste(*machine.ready[best])) best = other;
+  }
+  return best;
+}
+
 Thread* pick() {
   if (machine.next > static_cast<size_t>(machine.alive) || machine.next == machine.ready.size()) {
     machine.ready.erase(machine.ready.begin(), machine.ready.begin() + machine.next);
@@ -105,29 +136,10 @@ Thread* pick() {
   if (machine.ready.empty()) return nullptr;
   Thread*& chosen = machine.ready[machine.next];
   if (machine.order == Order::kRandom) {
-    std::swap(chosen, machine.ready[machine.next + draw() % (machine.ready.size() - machine.next)]);
+    std::swap(chosen, machine.ready[draw_place()]);
   }
   ++machine.next;
   return chosen;
-}
-
-// Whether any condition that is waited for has come true.
-bool poll() {
-  bool any = false;
-  for (size_t i = 0; i < machine.polling.size();) {
-    Thread* thread = machine.polling[i];
-    machine.current = thread;
-    const bool is_ready = thread->ready(thread->argument);
-    machine.current = nullptr;
-    if (is_ready) {
-      any = true;
-      machine.polling.erase(machine.polling.begin() + i);
-      make_ready(thread);
-    } else {
-      ++i;
-    }
-  }
-  return any;
 }
 
 void resume(Thread& thread) {
@@ -140,15 +152,17 @@ void resume(Thread& thread) {
   machine.current = nullptr;
   if (machine.failure[0]) throw Failure(machine.failure);
   if (thread.returned) {
-    --thread.block->alive;
     --machine.alive;
     machine.spins = 0;
+    if (--thread.block->alive == 0) {
+      for (auto check : work().end) check(*thread.block);
+    }
   }
 }
 
 bool work_late() {
   bool moved = false;
-  for (auto work : idle_work) moved |= work();
+  for (auto work_late : work().idle) moved |= work_late();
   return moved;
 }
 
@@ -179,7 +193,7 @@ void forget_resident() {
 #endif
   machine.polling.clear();
   machine.current = nullptr;
-  for (auto forget : residence_work) forget();
+  for (auto forget : work().residence) forget();
 }
 
 // The blocks of the i-th cluster, counted x first, then y, then z, and so within it.
@@ -210,7 +224,7 @@ void run_grid() {
   }
   for (uint32_t i : clusters) {
     const std::vector<uint3> blocks = blocks_of(i);
-    for (auto forget : residence_work) forget();
+    for (auto forget : work().residence) forget();
     make_resident(blocks.data(), blocks.size());
     run_resident();
     forget_resident();
@@ -251,6 +265,23 @@ uint64_t draw() {  // xorshift
   return machine.random;
 }
 
+bool poll() {
+  Thread* const asking = machine.current;
+  size_t kept = 0;
+  for (Thread* thread : machine.polling) {
+    machine.current = thread;
+    if (thread->ready(thread->argument)) {
+      make_ready(thread);
+    } else {
+      machine.polling[kept++] = thread;
+    }
+  }
+  const bool any = kept < machine.polling.size();
+  machine.polling.resize(kept);
+  machine.current = asking;
+  return any;
+}
+
 void make_ready(Thread* thread) { machine.ready.push_back(thread); }
 
 void suspend(const Wait& wait) {
@@ -277,8 +308,9 @@ void preempt(const char* what, Place place) {
   leave(me.fiber, false);
 }
 
-void on_idle(bool (*work)()) { idle_work.push_back(work); }
-void on_residence(void (*forget)()) { residence_work.push_back(forget); }
+void on_idle(bool (*work_late)()) { work().idle.push_back(work_late); }
+void on_end(void (*check)(const Block&)) { work().end.push_back(check); }
+void on_residence(void (*forget)()) { work().residence.push_back(forget); }
 
 void fail(Place place, const char* format, ...) {
   char message[2048];
