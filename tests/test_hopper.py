@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from tilewise import emulation, toolchain
 
@@ -225,3 +226,23 @@ def test_wrappers_become_the_instructions_they_name(unit, arch, tmp_path):
         assert "HMMA" in code and "LDSM" in code and "LDGSTS" in code
     else:
         assert "BPT.TRAP" in code and "HGMMA" not in code and "UTMALDG" not in code
+
+
+def test_gpu_computes_what_the_emulator_does(tmp_path):
+    """The same program by nvcc: a GPU that disagrees shows what the emulator has wrong."""
+    if not torch.cuda.is_available():
+        pytest.skip("cuda: needs a GPU")
+    if lacks := toolchain.missing():
+        pytest.skip(f"cuda: needs {lacks}")
+    major, minor = torch.cuda.get_device_capability()
+    hopper = (major, minor) == (9, 0)
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_CUDA_ARCHITECTURES": f"{major}{minor}{'a' * hopper}-real",
+        "CMAKE_CUDA_COMPILER": toolchain.nvcc(),
+    }
+    toolchain.compile_targets(["units"], ROOT, tmp_path, options, tmp_path / "build.log")
+    command = [tmp_path / "units", "" if hopper else "mma"]  # the others only trap elsewhere
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert {name: words for name, words in told(done).items() if words} == {}
+    assert done.returncode == 0
