@@ -23,6 +23,17 @@ MAX_PARTS = 256  # not a function of the GPU, so that the bits of a weight's gra
 WIDEST_BLOCK = 8192
 WIDE_ROW = {"BLOCK": 4096, **launch_options(8)}
 
+# What `tilewise kernels --prune` compiles: a row in one block leaves only the warps to choose.
+_ROW = {"num_warps": (1, 2, 4, 8, 16, 32)}
+_WIDE = {"BLOCK": (1024, 2048, 4096, 8192), "num_warps": (4, 8, 16)}
+SEARCH_SPACE = {
+    "_forward_kernel": _ROW,
+    "_backward_kernel": _ROW,
+    "_forward_wide_kernel": _WIDE,
+    "_backward_wide_kernel": _WIDE,
+    "_dweight_wide_kernel": _WIDE,
+}
+
 
 def row_options(cols: int) -> dict[str, int]:
     """One program a row: the row in one block, 512 elements a warp."""

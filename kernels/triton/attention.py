@@ -284,6 +284,16 @@ _KEYS = {4: {64: (32, 64, 8, 1), 128: (32, 16, 8, 1), 256: (16, 32, 8, 1)},
          2: {64: (32, 32, 8, 1), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)}}  # fmt: skip
 
 
+# What `tilewise kernels --prune attention` compiles, to choose from for the tables above.
+SEARCH_SPACE = {
+    name: {
+        "QUERIES": (32, 64, 128), "KEYS": (32, 64, 128), "num_warps": (4, 8),
+        "num_stages": (1, 2, 3),
+    }
+    for name in ("_forward_kernel", "_queries_backward_kernel", "_keys_backward_kernel")
+}  # fmt: skip
+
+
 def _options(table: dict, q: Tensor, v: Tensor) -> dict[str, int | bool]:
     dim, v_dim = _width(q.shape[-1]), _width(v.shape[-1])
     if q.itemsize == 4:

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tilewise.kernels.triton._shared import MAX_PARTS, WIDE_ROW, WIDEST_BLOCK, row_options
+from tilewise.kernels.triton._shared import SEARCH_SPACE as SEARCH_SPACE
 
 
 @triton.jit

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tilewise.kernels.triton._shared import SEARCH_SPACE as SEARCH_SPACE
 from tilewise.kernels.triton._shared import WIDE_ROW, WIDEST_BLOCK, row_options
 
 

@@ -11,6 +11,7 @@ COMMANDS = {
     "check": "hold every op, backend, dtype and size to the reference",
     "bench": "time every backend beside PyTorch",
     "report": "which kernels were verified and timed on a GPU",
+    "kernels": "what every GPU kernel compiles to, without a GPU",
     "build": "compile the CUDA kernels and warm the caches",
     "train": "train a decoder on text",
     "generate": "continue a prompt with a trained decoder",

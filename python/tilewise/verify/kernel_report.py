@@ -1,0 +1,262 @@
+"""The kernel report: every shipped configuration compiled ahead of time, each distinct one once.
+
+Compilation happens in processes of its own, in which Triton does not interpret whatever it does in
+this one. What was measured is kept in the user's cache, by all that it depends on.
+"""
+
+import json
+import os
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, lru_cache
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from tilewise import native
+from tilewise.op import OPS, Size
+from tilewise.verify.ahead_of_time import (
+    Call,
+    Launch,
+    Options,
+    backend_calls,
+    compiling_only,
+    interpreted,
+    sizes_to_launch,
+)
+from tilewise.verify.architectures import ARCHITECTURES
+from tilewise.verify.kernel import Kernel, inspect
+
+PROCESSES = 2
+KEPT_SECONDS = 30 * 24 * 3600  # unused, in the cache
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kernel to compile: a launch of an op, by its place among those of a size.
+
+    Attributes:
+        op: Name of the op.
+        dtype: Such as "bfloat16".
+        architecture: Such as "sm_90".
+        size: The declared size.
+        place: Of the launch, counted from 0.
+        kernel: The function's name.
+        options: Its own.
+        identity: Of the machine code.
+        instead: Options to take instead of the launcher's.
+    """
+
+    op: str
+    dtype: str
+    architecture: str
+    size: Size
+    place: int
+    kernel: str
+    options: Options
+    identity: str
+    instead: Options = field(default_factory=dict)
+
+    def failed(self, error: str) -> Kernel:
+        """The row of a kernel that there is not."""
+        about = (self.op, self.kernel, "triton", self.architecture, self.dtype, self.size)
+        return Kernel(*about, self.place, {**self.options, **self.instead}, error=error)
+
+
+# --- Processes that compile.
+
+
+@contextmanager
+def processes(number: int = PROCESSES) -> Iterator[Executor]:
+    """Processes in which Triton compiles."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "0"  # read where a process imports a kernel
+    pool = ProcessPoolExecutor(number, get_context("spawn"), initializer=_be_quiet)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+def _be_quiet() -> None:
+    warnings.simplefilter("ignore")  # of triton, on its next version: once for each process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
+
+
+def spread(
+    pool: Executor, function: Callable[[Item], Result], items: Sequence[Item]
+) -> Iterator[tuple[int, Result | None]]:
+    """Places and results as they come; None where the compiler took its process with it."""
+    waiting = dict(enumerate(items))
+    try:
+        futures = {pool.submit(function, item): place for place, item in waiting.items()}
+        for future in as_completed(futures):
+            result, place = future.result(), futures[future]
+            del waiting[place]
+            yield place, result
+    except BrokenProcessPool:
+        pass
+    while waiting:  # whose fault it was is seen one at a time
+        with processes(1) as alone:
+            for place in list(waiting):
+                try:
+                    yield place, alone.submit(function, waiting.pop(place)).result()
+                except BrokenProcessPool:
+                    yield place, None
+                    break
+
+
+# --- What there is to compile.
+
+
+def plan(
+    pool: Executor,
+    ops: Iterable[str],
+    dtypes: Sequence[torch.dtype],
+    architectures: Sequence[str],
+    sizes: Sequence[Size] | None = None,
+) -> list[Task]:
+    """One task for each distinct Triton kernel that `ops` launch, forward and backward.
+
+    `sizes` are those declared, unless given.
+    """
+    each = [
+        (op, str(dtype).removeprefix("torch."), tuple(architectures), sizes)
+        for op in ops
+        for dtype in dtypes
+        if "triton" in OPS[op].backends and dtype in OPS[op].backends["triton"].dtypes
+    ]
+    found = dict(spread(pool, _tasks, each))
+    once: dict[str, Task] = {}
+    for place in range(len(each)):
+        for task in found[place] or ():
+            once.setdefault(task.op + task.identity, task)
+    return list(once.values())
+
+
+@lru_cache(64)
+def _calls(op: str, dtype: str, size: tuple[tuple[str, Any], ...]) -> list[Call]:
+    return backend_calls(OPS[op], "triton", getattr(torch, dtype), dict(size))
+
+
+def _launches(
+    op: str, dtype: str, size: Size, architecture: str, wanted: Callable[[int], bool],
+    instead: Mapping[str, Options] | None = None,
+) -> list[Launch]:  # fmt: skip
+    module = import_module(OPS[op].backends["triton"].module)
+    with compiling_only(ARCHITECTURES[architecture], wanted, instead) as launches:
+        for name, args in _calls(op, dtype, tuple(size.items())):
+            getattr(module, name)(*args)
+    return launches
+
+
+def _tasks(asked: tuple[str, str, tuple[str, ...], Sequence[Size] | None]) -> list[Task]:
+    op, dtype, architectures, sizes = asked
+    return [
+        Task(op, dtype, architecture, size, place, one.kernel, one.options, one.identity)
+        for architecture in architectures
+        for size in (sizes_to_launch(OPS[op]) if sizes is None else sizes)
+        for place, one in enumerate(_launches(op, dtype, size, architecture, lambda place: False))
+    ]
+
+
+# --- Compiling it.
+
+
+def report(pool: Executor, tasks: Sequence[Task]) -> Iterator[tuple[int, Kernel]]:
+    """Places among `tasks` and their kernels, as they are compiled, or found in the cache."""
+    folder = _cache_folder()
+    missing = []
+    for place, task in enumerate(tasks):
+        if (kernel := _kept(folder / f"{task.identity}.json", task)) is not None:
+            yield place, kernel
+        else:
+            missing.append(place)
+    missing.sort(key=lambda place: tasks[place].op != "attention")  # the longest first
+    for i, row in spread(pool, _compile, [tasks[place] for place in missing]):
+        task = tasks[missing[i]]
+        kernel = row or task.failed("the compiler ended its process")
+        if not kernel.error:
+            _keep(folder / f"{task.identity}.json", kernel)
+        yield missing[i], kernel
+
+
+def _compile(task: Task) -> Kernel:
+    wanted = {task.place}.__contains__
+    instead = {task.kernel: task.instead} if task.instead else None
+    try:
+        launches = _launches(task.op, task.dtype, task.size, task.architecture, wanted, instead)
+        about = {"op": task.op, "dtype": task.dtype, "size": dict(task.size), "launch": task.place}
+        return inspect(launches[task.place], ARCHITECTURES[task.architecture], **about)
+    except Exception as error:  # of many kinds, from a compiler
+        return task.failed(f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
+
+
+@cache
+def _cache_folder() -> Path:
+    folder = native.cache_folder().parent / "kernels"
+    with suppress(OSError):  # of a home that cannot be written: nothing is kept
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.glob("*.json"):
+            if file.stat().st_atime < time.time() - KEPT_SECONDS:
+                file.unlink(missing_ok=True)
+    return folder
+
+
+def _kept(file: Path, task: Task) -> Kernel | None:
+    try:
+        found = Kernel(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    size = dict(task.size)
+    return replace(found, op=task.op, dtype=task.dtype, size=size, launch=task.place)
+
+
+def _keep(file: Path, kernel: Kernel) -> None:
+    part = file.with_suffix(f".{os.getpid()}")
+    with suppress(OSError):
+        part.write_text(json.dumps(asdict(kernel)))
+        part.replace(file)
+
+
+def compile_report(kernel: Any, *args: Any, architecture: str = "sm_90", **options: Any) -> Kernel:
+    """Compile any `@triton.jit` function ahead of time, and say what its machine code is.
+
+    Args:
+        kernel: The function.
+        args: As for a launch; tensors on the device "meta".
+        architecture: One of "sm_80", "sm_90", "sm_100", "sm_120", "gfx942".
+        options: Constants, `num_warps`, `num_stages`.
+
+    Returns:
+        Registers, spills, shared memory, instructions, loop model: see `Kernel`.
+
+    Raises:
+        ValueError: If the architecture is unknown.
+        RuntimeError: In a process where Triton interprets. What triton raises of a kernel that
+            does not compile is left as it is.
+    """
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"compile_report: architecture must be one of {known}, got {architecture}")
+    if interpreted() or not hasattr(kernel, "warmup"):
+        raise RuntimeError("compile_report: TRITON_INTERPRET must be off, got on")
+    with compiling_only(ARCHITECTURES[architecture]) as launches:
+        kernel[(1,)](*args, **options)
+    return inspect(launches[0], ARCHITECTURES[architecture], op="", dtype="")

@@ -1,0 +1,154 @@
+"""What each kernel's machine code must show, and what it may never do.
+
+No kernel may spill, exceed the shared memory of a block, or have its matrix instructions serialised
+by ptxas. What else is promised is declared here, once; docs/kernel_report.md lists what is not yet.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from tilewise.verify.architectures import ARCHITECTURES
+from tilewise.verify.kernel import Kernel
+
+HALVES = frozenset({"bfloat16", "float16"})
+NVIDIA = frozenset(name for name, a in ARCHITECTURES.items() if a.backend == "cuda")
+ACCESS = 16  # bytes
+SERIALISED = frozenset({"C7508", "C7510", "C7511", "C7515"})  # of ptxas, on wgmma and setmaxnreg
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What some kernels show.
+
+    Attributes:
+        ops: Whose kernels.
+        kernel: A pattern of their functions' names.
+        backend: Theirs.
+        architectures: Where.
+        dtypes: In which.
+        sizes: For which sizes, given the kernel.
+        wide: They read global memory 16 bytes at a time, and move no 16-bit element alone.
+        narrow: But for this many scalars of a row.
+        instruction: A matrix instruction that they have.
+    """
+
+    ops: Sequence[str]
+    kernel: str = "*"
+    backend: str = "triton"
+    architectures: frozenset[str] = NVIDIA
+    dtypes: frozenset[str] = HALVES | {"float32"}
+    sizes: Callable[[Kernel], bool] = lambda kernel: True
+    wide: bool = False
+    narrow: int = 0
+    instruction: str = ""
+
+    def covers(self, kernel: Kernel) -> bool:
+        """Whether this is promised of `kernel`."""
+        return (
+            self.concerns(kernel) and fnmatchcase(kernel.kernel, self.kernel) and self.sizes(kernel)
+        )
+
+    def concerns(self, kernel: Kernel) -> bool:
+        """Whether this is promised of some kernel beside `kernel`, by its op, backend and so on."""
+        return (
+            kernel.op in self.ops
+            and kernel.backend == self.backend
+            and kernel.architecture in self.architectures
+            and kernel.dtype in self.dtypes
+        )
+
+
+def _aligned(*names: str) -> Callable[[Kernel], bool]:
+    """Rows that Triton knows to be aligned, and wide enough for every lane to have 16 bytes."""
+    return lambda kernel: all(
+        kernel.size.get(name, 0) % 16 == 0 and kernel.size.get(name, 0) >= 512 for name in names
+    )
+
+
+def _whole_heads(kernel: Kernel) -> bool:
+    """A tile that fills the tensor cores: 64 queries, heads as wide as the tile, no mask."""
+    size = kernel.size
+    return size["seq_q"] >= 64 and size["dim"] in (64, 128) and "mask" not in size
+
+
+_ROWS = ("rms_norm", "layer_norm", "softmax", "log_softmax")
+_ELEMENTS = ("gelu", "glu")
+PROMISES: Sequence[Promise] = (
+    Promise(_ROWS, sizes=_aligned("cols"), wide=True),
+    Promise(_ELEMENTS, sizes=_aligned("cols"), wide=True),
+    Promise(("cross_entropy",), "_forward_kernel", sizes=_aligned("classes"), wide=True, narrow=1),
+    Promise(("cross_entropy",), "_backward_kernel", sizes=_aligned("classes"), wide=True),
+    Promise(("attention",), dtypes=HALVES, sizes=_whole_heads, wide=True),
+    *(
+        Promise(
+            ("attention",), kernel, dtypes=HALVES, sizes=_whole_heads,
+            architectures=frozenset({architecture}), instruction=instruction,
+        )
+        for architecture, instruction, kernel in (
+            ("sm_80", "HMMA", "*"),
+            ("sm_90", "HGMMA", "_forward_kernel"),
+            ("sm_90", "HGMMA", "_queries_backward_kernel"),
+            ("sm_100", "UTCHMMA", "_forward_kernel"),
+            ("sm_100", "UTCHMMA", "_queries_backward_kernel"),
+            ("sm_120", "HMMA", "*"),
+        )
+    ),
+    *(
+        Promise(_ROWS, f"*<{width},*", "cuda", dtypes=frozenset({dtype}), wide=True)
+        for width, dtype in ((8, "bfloat16"), (8, "float16"), (4, "float32"))
+    ),
+)  # fmt: skip
+
+
+def broken(kernel: Kernel) -> list[str]:
+    """What `kernel` may not do and does, and what is promised of it and is not so."""
+    if kernel.error:
+        return [f"must compile, got {kernel.error}"]
+    found = []
+    if kernel.spill_loads or kernel.spill_stores:
+        found.append(
+            f"must not spill, got {kernel.spill_loads} loads, {kernel.spill_stores} stores"
+        )
+    limit = ARCHITECTURES[kernel.architecture].shared
+    if kernel.shared > limit:
+        found.append(f"must have at most {limit} bytes of shared memory, got {kernel.shared}")
+    if serialised := sorted(SERIALISED & set(kernel.warnings)):
+        found.append(f"must keep wgmma in flight, got {', '.join(serialised)} of ptxas")
+    for promise in PROMISES:
+        if promise.covers(kernel):
+            found += _unkept(promise, kernel)
+    return found
+
+
+def gone(kernels: Iterable[Kernel]) -> list[str]:
+    """What is promised of kernels that are no longer there: renamed, or never instantiated."""
+    found = []
+    for promise in PROMISES:
+        each: dict[tuple[str, str, str], bool] = {}
+        for kernel in filter(promise.concerns, kernels):
+            key = kernel.architecture, kernel.op, kernel.dtype
+            each[key] = each.get(key, False) or fnmatchcase(kernel.kernel, promise.kernel)
+        found += [
+            f"{' '.join(key)}: must have a {promise.backend} kernel {promise.kernel}, got none"
+            for key, there in each.items()
+            if not there
+        ]
+    return found
+
+
+def _unkept(promise: Promise, kernel: Kernel) -> list[str]:
+    found = []
+    if promise.wide:
+        single = _below(kernel.loads, 4) + _below(kernel.stores, 4)
+        if kernel.dtype in HALVES and single > promise.narrow:
+            found.append(f"must move {ACCESS} bytes at a time, got {single} narrower than 4")
+        elif not any(int(width) >= ACCESS for width in kernel.loads):
+            found.append(f"must load {ACCESS} bytes at a time, got {dict(kernel.loads)}")
+    if promise.instruction and not kernel.matrix.get(promise.instruction):
+        found.append(f"must have {promise.instruction}, got {dict(kernel.matrix) or 'none'}")
+    return found
+
+
+def _below(found: Mapping[str, int], width: int) -> int:
+    return sum(number for bytes_, number in found.items() if int(bytes_) < width)
