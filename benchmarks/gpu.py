@@ -256,6 +256,22 @@ def test(run: Run) -> None:
     run.say("tests", f"{counts or last_line(text)}", seconds, ok=status == 0)
 
 
+def compare(run: Run) -> None:
+    """Hold what ran of every workload beside what the same launch compiles to ahead of time."""
+    file = run.folder / "launched.json"
+    command = [*TILEWISE, "kernels", "--launched", "--json", file]
+    if run.dry:
+        run.say("kernels", f"would run {' '.join(map(str, command[1:-1]))}")
+        return
+    if run.left < 60:
+        run.drop("kernels", "registers, spills and shared memory of what ran")
+        return
+    status, seconds, text = run.execute("launched", command, min(90, 0.2 * run.left))
+    if file.exists():
+        run.record["launched"] = json.loads(file.read_text())["launches"]
+    run.say("kernels", last_line(text), seconds, ok=status == 0)
+
+
 def bench(run: Run) -> None:
     """Time the first workload of every op, then all of them, keeping time for the sanitizer."""
     if run.dry:
@@ -334,7 +350,7 @@ def main() -> int:
         return 2
     build(run, gpu)
     name_results(run, gpu, arguments.output)
-    for phase in (check, selftest, test, bench, sanitize):
+    for phase in (check, selftest, test, compare, bench, sanitize):
         phase(run)
     kernels = run.record["kernels"]
     for name, kernel in kernels.items():

@@ -113,6 +113,18 @@ def test_tests_cut_short_are_said_to_be(run, monkeypatch):
     assert run.record["dropped"] == ["tests: those not reached within the limit"]
 
 
+@pytest.mark.parametrize("status", [0, 1])
+def test_what_ran_is_held_beside_what_was_compiled_ahead_of_time(run, monkeypatch, status):
+    launches = {"launches": [{"registers": 32}]}
+    summary = "1 launches, 0 otherwise than compiled ahead of time, 1 the same machine code"
+    commands = answering(monkeypatch, status, f"a row\n{summary}\n", launched=launches)
+    gpu.compare(run)
+    assert commands[0][-4:-1] == ["kernels", "--launched", "--json"]
+    assert run.record["launched"] == launches["launches"]
+    assert said(run) == summary
+    assert run.record["phases"][-1]["ok"] == (status == 0)
+
+
 def timed_row(provider, seconds, cols=8):
     size = {"rows": 1, "cols": cols}
     return {
@@ -169,7 +181,7 @@ def test_phases_without_time_are_dropped_and_said(run, monkeypatch):
     monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
     commands = answering(monkeypatch, 0)
     run.budget = gpu.CLOSING
-    for phase in (gpu.check, gpu.test, gpu.bench, gpu.sanitize):
+    for phase in (gpu.check, gpu.test, gpu.compare, gpu.bench, gpu.sanitize):
         phase(run)
     assert commands == []
     assert verified(run) == []
@@ -177,6 +189,7 @@ def test_phases_without_time_are_dropped_and_said(run, monkeypatch):
         "check: rms_norm/cuda did not finish",
         "check: rms_norm/triton did not finish",
         "tests: the whole suite",
+        "kernels: registers, spills and shared memory of what ran",
         "quick: every workload",
         "bench: every workload",
         "memcheck: the smallest sizes",
@@ -210,7 +223,7 @@ def test_a_dry_run_says_what_each_phase_would_do(tmp_path):
     record = json.loads(files[".json"].read_text())
     phases = {phase["phase"]: phase["said"] for phase in record["phases"]}
     assert list(phases) == [
-        "device", "build", "results", "check", "selftest", "tests", "bench", "memcheck",
+        "device", "build", "results", "check", "selftest", "tests", "kernels", "bench", "memcheck",
     ]  # fmt: skip
     assert phases["build"].startswith("would run -m pip install --no-build-isolation --no-deps .")
     assert "rms_norm/cuda, rms_norm/triton" in phases["check"]
