@@ -179,9 +179,10 @@ def compiling_only(
         name, log = self.fn.__name__, io.StringIO()
         about.clear()
         with redirect_stdout(log):
-            options = kwargs | dict((instead or {}).get(name, {}))
-            if "maxnreg" in kwargs:  # as many as a block of so many warps can have
-                options["maxnreg"] = min(REGISTERS // (32 * options["num_warps"]), 255)
+            other = dict((instead or {}).get(name, {}))
+            if "maxnreg" in kwargs and "num_warps" in other:  # all that so many warps can have
+                other["maxnreg"] = min(REGISTERS // (32 * other["num_warps"]), 255)
+            options = kwargs | other
             kernel = run(self, *args, grid=grid, warmup=True, **options)
         if not about:  # compiled before, in this block
             first = next(one for one in launches if one.compiled is kernel)
