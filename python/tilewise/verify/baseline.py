@@ -2,14 +2,13 @@
 
 import json
 import re
-import subprocess
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
 
-from tilewise import native
+from tilewise import toolchain
 from tilewise.verify.kernel import Kernel
 
 FOLDER = Path(__file__).parent / "baselines"
@@ -27,11 +26,10 @@ def version(backend: str) -> str | None:
             return f"triton-{package_version('triton')}"
         except PackageNotFoundError:
             return None
-    compiler = native.nvcc()
+    compiler = toolchain.nvcc()
     if compiler is None:
         return None
-    said = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    number = re.search(r"V(\d+\.\d+\.\d+)", said)
+    number = re.search(r"V(\d+\.\d+\.\d+)", toolchain.version(compiler))
     return f"nvcc-{number[1]}" if number else None
 
 

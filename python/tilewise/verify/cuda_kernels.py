@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tilewise import native
+from tilewise import toolchain
 from tilewise.op import OPS
 from tilewise.verify.architectures import ARCHITECTURES
 from tilewise.verify.disassembly import disassemble
@@ -27,14 +27,14 @@ CudaTask = tuple[str, str]
 
 def missing() -> str | None:
     """What there is not, and without which no CUDA kernel can be compiled; None if all is here."""
-    if native.nvcc() is None:
+    if toolchain.nvcc() is None:
         return "nvcc, on PATH or in CUDA_HOME"
-    return None if native.source() else "csrc/, which was not installed"
+    return None if toolchain.source() else "csrc/, which was not installed"
 
 
 def tasks(ops: list[str], architectures: list[str]) -> list[CudaTask]:
     """Source files and architectures: of `ops`, or with none all there are."""
-    folder = native.source()
+    folder = toolchain.source()
     if missing() or folder is None:
         return []
     words = {
@@ -66,7 +66,7 @@ def compile_file(task: CudaTask) -> list[Kernel]:
     while include.name != "csrc":
         include = include.parent
     target = f"arch=compute_{architecture.nvcc},code=sm_{architecture.nvcc}"
-    command = [str(native.nvcc()), "-std=c++17", "-O3", "-DNDEBUG", f"-I{include}", "-cubin"]
+    command = [str(toolchain.nvcc()), "-std=c++17", "-O3", "-DNDEBUG", f"-I{include}", "-cubin"]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         command += ["-gencode", target, "-Xptxas=-v", "--keep", f"--keep-dir={folder}"]

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tilewise import native
+from tilewise import toolchain
 from tilewise.op import OPS, Size
 from tilewise.verify.ahead_of_time import (
     Call,
@@ -210,7 +210,7 @@ def _compile(task: Task) -> Kernel:
 
 @cache
 def _cache_folder() -> Path:
-    folder = native.cache_folder().parent / "kernels"
+    folder = toolchain.cache_folder("kernels")
     with suppress(OSError):  # of a home that cannot be written: nothing is kept
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.glob("*.json"):
