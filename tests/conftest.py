@@ -6,14 +6,8 @@ import pytest
 import torch
 from cases import DEVICE
 
-from tilewise.op import INTERPRETED
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if INTERPRETED:
-        from tilewise.verify.interpreter import repair
-
-        repair()
+# Where Triton is interpreted, every kernel that a test launches is watched.
+pytest_plugins = ["tilewise.verify.plugin"]
 
 
 @pytest.fixture(autouse=True)
