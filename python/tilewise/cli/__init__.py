@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train a decoder on text",
     "generate": "continue a prompt with a trained decoder",
     "demo": "see it all work",
+    "verify": "run tests of any Triton kernel under the sanitizer",
 }
 
 

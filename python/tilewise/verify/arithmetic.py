@@ -91,7 +91,8 @@ def cast_impl(self: Any, source: Any, dtype: Any) -> Any:
     if is_narrow(source) or dtype.scalar.name in NARROW:
         with np.errstate(invalid="ignore"):
             return handle_of(numbers(source), dtype)
-    return STOCK["cast_impl"](self, source, dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return STOCK["cast_impl"](self, source, dtype)
 
 
 def create_fp_to_fp(self: Any, source: Any, dtype: Any, rounding: Any) -> Any:

@@ -80,16 +80,23 @@ def _write(
     shadow = part.argument.shadow
     access = note_access(launch, atomic)
     _enter_reads(launch, shadow)
-    if shadow.writers is None:
-        shadow.writers = np.full(-(-shadow.size // shadow.grain), -1, np.int32)
-    else:
-        _report(launch, part, shadow.writers[where], size, shape, atomic, "also written")
-    for readers in (shadow.readers, shadow.others):
-        if readers is not None:
-            _report(launch, part, readers[where], size, shape, atomic, "also read")
-    shadow.writers[where] = access
+    for name, what in _BEFORE_A_WRITE:
+        before = getattr(shadow, name)
+        if before is not None:
+            _report(launch, part, before[where], size, shape, atomic, what)
+    shadow.writers, shadow.earlier_writers = _entered(
+        launch, shadow, shadow.writers, shadow.earlier_writers, where, access
+    )
     if shadow.initialised is not None:
         shadow.initialised[where] = True
+
+
+_BEFORE_A_WRITE = (
+    ("writers", "also written"),
+    ("earlier_writers", "also written"),
+    ("readers", "also read"),
+    ("earlier_readers", "also read"),
+)
 
 
 def _enter_reads(launch: Launch, shadow: Shadow) -> None:
@@ -99,20 +106,29 @@ def _enter_reads(launch: Launch, shadow: Shadow) -> None:
 
 
 def _enter_read(launch: Launch, shadow: Shadow, where: Any, access: int) -> None:
-    if shadow.readers is None:
-        shadow.readers = np.full(-(-shadow.size // shadow.grain), -1, np.int32)
-    before = shadow.readers[where]
+    shadow.readers, shadow.earlier_readers = _entered(
+        launch, shadow, shadow.readers, shadow.earlier_readers, where, access
+    )
+
+
+def _entered(
+    launch: Launch, shadow: Shadow, last: Any, earlier: Any, where: Any, access: int
+) -> tuple[Any, Any]:
+    """The last access of each grain, and the last of another program than that one's."""
+    if last is None:
+        last = np.full(-(-shadow.size // shadow.grain), -1, np.int32)
+    before = last[where]
     if before.max() >= 0:
-        if shadow.others is None:
-            shadow.others = np.full(len(shadow.readers), -1, np.int32)
         other = (before >= 0) & (launch.owners[before] != launch.owners[access])
-        shadow.others[where] = np.where(other, before, shadow.others[where])
-    shadow.readers[where] = access
+        if other.any():
+            if earlier is None:
+                earlier = np.full(len(last), -1, np.int32)
+            earlier[where] = np.where(other, before, earlier[where])
+    last[where] = access
+    return last, earlier
 
 
-def _check_written(
-    part: Part, where: Any, size: int, shape: tuple[int, ...], action: str
-) -> None:
+def _check_written(part: Part, where: Any, size: int, shape: tuple[int, ...], action: str) -> None:
     written = part.argument.shadow.initialised[where]
     if not written.all():
         first = _lane(part, int(np.flatnonzero(~written)[0]), size)
@@ -123,8 +139,11 @@ def _check_written(
 def _check_writers(
     launch: Launch, part: Part, where: Any, size: int, shape: tuple[int, ...], volatile: bool
 ) -> None:
-    before = part.argument.shadow.writers[where]
+    shadow = part.argument.shadow
+    before = shadow.writers[where]
     _report(launch, part, before, size, shape, volatile, "written")
+    if shadow.earlier_writers is not None:
+        _report(launch, part, shadow.earlier_writers[where], size, shape, volatile, "written")
     for index in np.unique(before[before >= 0]).tolist():
         access = launch.accesses[index]
         own = access.program == launch.program and access.barrier == launch.barrier
@@ -132,7 +151,7 @@ def _check_writers(
             first = _lane(part, int(np.flatnonzero(before == index)[0]), size)
             line = shown(access.code, access.line)
             what = f"load of what this program stored at {line}, with no tl.debug_barrier() between"
-            _found(part, "barrier", what, first, size, shape)
+            _found(part, "barrier", what, first, size, shape, access)
             return
 
 
@@ -152,7 +171,7 @@ def _report(
         line = shown(access.code, access.line)
         other = place_of(launch, access.program)
         text = f"{part.argument.name} is {what} by program {other} at {line}, in no order with this"
-        _found(part, "race", text, first, size, shape)
+        _found(part, "race", text, first, size, shape, access)
         return
 
 
@@ -188,7 +207,15 @@ def _lane(part: Part, grain: int, size: int) -> int:
     return grain // max(size // part.argument.shadow.grain, 1)
 
 
-def _found(part: Part, kind: str, what: str, position: int, size: int, shape: Any) -> None:
+def _found(
+    part: Part,
+    kind: str,
+    what: str,
+    position: int,
+    size: int,
+    shape: tuple[int, ...],
+    other: Access | None = None,
+) -> None:
     lane = position if part.lanes is None else int(part.lanes[position])
     offset = int(part.offsets[position])
     found(
@@ -198,4 +225,5 @@ def _found(part: Part, kind: str, what: str, position: int, size: int, shape: An
         lane=tuple(int(i) for i in np.unravel_index(lane, shape)),
         offset=offset // size,
         address=offset,
+        other=other,
     )

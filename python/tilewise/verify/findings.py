@@ -37,6 +37,7 @@ class Finding:
         lane: Index into the block that was loaded, stored or computed.
         offset: Distance from the argument's first element, in elements of the pointer's type.
         address: Distance from the argument's first element, in bytes.
+        other: Where the earlier access of two was, as file and line, or None.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Finding:
     lane: tuple[int, ...] | None = None
     offset: int | None = None
     address: int | None = None
+    other: tuple[str, int] | None = None
 
     def __str__(self) -> str:
         place = f"program {self.program}"

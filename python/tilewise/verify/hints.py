@@ -1,4 +1,4 @@
-"""What a kernel says of its values for the compiler's sake, checked: a false hint is a wild access.
+"""What a kernel says of its values, checked: hints to the compiler, assumptions, assertions.
 
 Along an axis, by Triton's definition: `max_contiguous(x, n)` means runs of n that rise by one,
 `max_constancy(x, n)` runs of n equal values, `multiple_of(x, n)` that the first value of every
@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 
 from tilewise.verify import session
 from tilewise.verify.memory import ADDRESS
+from tilewise.verify.patching import STOCK, replace
 
 HINTS = ("multiple_of", "max_contiguous", "max_constancy")
 
@@ -68,3 +70,43 @@ def _wrong(name: str, data: Any, number: int, step: int) -> tuple[int, ...] | No
     if not wrong.any():
         return None
     return tuple(int(i) for i in np.argwhere(wrong)[0])
+
+
+def _first_false(condition: Any) -> tuple[int, ...] | None:
+    data = np.asarray(
+        condition.data if isinstance(condition, interpreter.TensorHandle) else condition
+    )
+    if data.all():
+        return None
+    return tuple(int(i) for i in np.argwhere(~np.atleast_1d(data.astype(bool)))[0])
+
+
+def create_assert(self: Any, condition: Any, message: Any, *rest: Any) -> Any:
+    if session.active is None:
+        return STOCK["create_assert"](self, condition, message, *rest)
+    lane = _first_false(condition)
+    if lane is not None:
+        session.found("assertion", f"tl.device_assert: {message}", lane=lane)
+    return None
+
+
+def create_assume(self: Any, condition: Any) -> Any:
+    if session.active is None:
+        return STOCK["create_assume"](self, condition)
+    lane = _first_false(condition)
+    if lane is not None:
+        session.found("assertion", "tl.assume is given what does not hold", lane=lane)
+    return None
+
+
+def patch_core(language: Any, scope: Any) -> None:
+    STOCK["_patch_lang_core"](language, scope)
+    for name in HINTS:
+        scope.set_attr(language, name, checked(name, getattr(language, name)))
+
+
+def install() -> None:
+    """Check hints and assertions, for all of this process."""
+    replace(interpreter.InterpreterBuilder, "create_assert", create_assert)
+    replace(interpreter.InterpreterBuilder, "create_assume", create_assume)
+    replace(interpreter, "_patch_lang_core", patch_core)

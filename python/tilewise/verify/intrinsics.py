@@ -116,7 +116,9 @@ def _emulated(name: str, function: Callable[..., Any] | None) -> Callable[..., A
 
     def call(*operands: Any, _semantic: Any = None, **_: Any) -> Any:
         if function is None:
-            raise NotImplementedError(f"libdevice.{name} must be emulated, but is not, at {_here()}")
+            raise NotImplementedError(
+                f"libdevice.{name} must be emulated, but is not, at {_here()}"
+            )
         first = next(x for x in operands if isinstance(x, tl.tensor))
         with np.errstate(all="ignore"):
             result = np.asarray(

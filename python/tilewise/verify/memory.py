@@ -35,8 +35,9 @@ class Shadow:
         grain: Bytes a grain: the smallest element that it has been seen as.
         initialised: Whether each grain was ever written; None if all were.
         writers: The last access that wrote it, -1 for none; None if nothing has.
+        earlier_writers: The last of a program other than that of `writers`; None if there are none.
         readers: The last that read it; None until something is written.
-        others: The last that read it from a program other than that of `readers`.
+        earlier_readers: The last of a program other than that of `readers`.
         reads: Those before anything was written, not entered yet: (access, offsets, size).
         pending: How many offsets they hold.
     """
@@ -46,8 +47,9 @@ class Shadow:
     grain: int
     initialised: Any = None
     writers: Any = None
+    earlier_writers: Any = None
     readers: Any = None
-    others: Any = None
+    earlier_readers: Any = None
     reads: list[tuple[int, Any, int]] = field(default_factory=list)
     pending: int = 0
 
@@ -131,7 +133,7 @@ def shadow_of(tensor: Tensor, written: Any) -> Shadow:
 
 def refine(shadow: Shadow, grain: int) -> None:
     """Keep book of smaller pieces, for an access smaller than those before."""
-    for name in ("initialised", "writers", "readers", "others"):
+    for name in ("initialised", "writers", "earlier_writers", "readers", "earlier_readers"):
         if (kept := getattr(shadow, name)) is not None:
             setattr(shadow, name, np.repeat(kept, shadow.grain // grain))
     shadow.grain = grain

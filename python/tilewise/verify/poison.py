@@ -11,7 +11,9 @@ from torch import Tensor
 
 from tilewise.verify.memory import POISON_WORD, bytes_of
 
-MAKERS = [(torch, n) for n in ("empty", "empty_like", "empty_strided", "empty_permuted")]
+MAKERS: list[tuple[Any, str]] = [
+    (torch, n) for n in ("empty", "empty_like", "empty_strided", "empty_permuted")
+]
 MAKERS += [(Tensor, n) for n in ("new_empty", "new_empty_strided")]
 
 # Elements of 8 bits have no bits to spare. By address: the tensor, its version, which were written.

@@ -72,9 +72,7 @@ def generic_scan(self: Any, given: Any) -> Any:
     place = np.arange(data.shape[axis]).reshape([-1 if i == axis else 1 for i in range(data.ndim)])
     distance = 1
     while distance < data.shape[axis]:
-        before = [
-            _block(np.roll(t.handle.data, distance, axis), t.dtype.scalar) for t in current
-        ]
+        before = [_block(np.roll(t.handle.data, distance, axis), t.dtype.scalar) for t in current]
         combined = _combine(self.combine_fn.fn, before, current)
         current = [
             _block(np.where(place < distance, t.handle.data, c.handle.data), t.dtype.scalar)

@@ -165,6 +165,7 @@ def found(
     lane: tuple[int, ...] | None = None,
     offset: int | None = None,
     address: int | None = None,
+    other: Access | None = None,
 ) -> None:
     """Report what is wrong on the line that is running."""
     if active is None:
@@ -184,5 +185,6 @@ def found(
             lane=lane,
             offset=offset,
             address=address,
+            other=(other.code.co_filename, other.line) if other else None,
         )
     )
