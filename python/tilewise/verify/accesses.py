@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import triton.language as tl
 from triton.runtime import interpreter
 
 from tilewise.verify import session
@@ -26,7 +27,7 @@ def _plain(pointers: Any) -> Any:
 
 
 def _same_shape(mask: Any, pointers: Any) -> Any:
-    data = mask.data
+    data = mask.data if isinstance(mask, Handle) else mask  # 3.6 has plain arrays for descriptors
     return data if data.shape == pointers.data.shape else np.broadcast_to(data, pointers.data.shape)
 
 
@@ -38,7 +39,7 @@ def create_masked_load(
         volatile = bool(named["is_volatile"] if "is_volatile" in named else rest[-1])
         lanes = _same_shape(mask, pointers)
         lanes = check_load(now.launch, pointers.data, lanes, _size(pointers), volatile)
-        pointers, mask = _plain(pointers), Handle(lanes, mask.dtype)
+        pointers, mask = _plain(pointers), Handle(lanes, tl.int1)
     return STOCK["create_masked_load"](self, pointers, mask, other, *rest, **named)
 
 
@@ -49,7 +50,7 @@ def create_masked_store(
     if now and now.launch:
         lanes = _same_shape(mask, pointers)
         lanes = check_store(now.launch, pointers.data, lanes, _size(pointers), value.data)
-        pointers, mask = _plain(pointers), Handle(lanes, mask.dtype)
+        pointers, mask = _plain(pointers), Handle(lanes, tl.int1)
     return STOCK["create_masked_store"](self, pointers, value, mask, *rest, **named)
 
 
@@ -64,10 +65,10 @@ def _checked_atomic(pointers: Any, mask: Any, sem: Any, reads: bool) -> tuple[An
     now = session.active
     lanes = _same_shape(mask, pointers)
     if not (now and now.launch):
-        return pointers, Handle(lanes, mask.dtype)
+        return pointers, Handle(lanes, tl.int1)
     order = str(sem).upper()
     lanes = check_atomic(now.launch, pointers.data, lanes, _size(pointers), order, reads)
-    return _plain(pointers), Handle(np.ascontiguousarray(lanes), mask.dtype)
+    return _plain(pointers), Handle(np.ascontiguousarray(lanes), tl.int1)
 
 
 def create_atomic_rmw(
@@ -101,7 +102,7 @@ def _narrow_atomic(operation: Any, pointers: Any, value: Any, mask: Any) -> Any:
 def create_atomic_cas(
     self: Any, pointers: Any, expected: Any, value: Any, sem: Any, scope: Any
 ) -> Any:
-    mask = Handle(np.ones(pointers.data.shape, bool), interpreter.tl.int1)
+    mask = Handle(np.ones(pointers.data.shape, bool), tl.int1)
     pointers, mask = _checked_atomic(pointers, mask, sem, True)
     if not mask.data.all():
         return Handle(np.zeros_like(expected.data), expected.dtype.scalar)
@@ -124,13 +125,13 @@ def create_atomic_poll(
     self: Any, pointers: Any, expected: Any, timeout: Any, sem: Any, scope: Any
 ) -> Any:
     """Programs run one after the other: what is not there now will not come."""
-    mask = Handle(np.ones(pointers.data.shape, bool), interpreter.tl.int1)
+    mask = Handle(np.ones(pointers.data.shape, bool), tl.int1)
     pointers, mask = _checked_atomic(pointers, mask, sem, True)
     values = STOCK["create_masked_load"](self, pointers, mask, None, None, True)
     matched = values.data == expected.data
     if timeout is None and not matched.all():
         session.found("race", "a program waits for one that has not run: no order makes it end")
-    return Handle(matched, interpreter.tl.int1)
+    return Handle(matched, tl.int1)
 
 
 def create_descriptor_reduce(

@@ -155,12 +155,30 @@ def sanitize_overflow(self: Any, left: Any, right: Any, operation: Any) -> None:
 _CHECKED = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
+def get_all_ones_value(self: Any, dtype: Any) -> Any:
+    """All bits set; NumPy 2 refuses -1 as an unsigned number, which is how 3.6 says it."""
+    kind = interpreter._get_np_dtype(dtype)
+    ones = np.ones(1, bool) if kind == np.bool_ else np.full(1, -1, np.int64).astype(kind)
+    return Handle(ones, dtype.scalar)
+
+
+def _wrapping(name: str) -> Any:
+    """A constant of an integer type, of as many of its bits as there are."""
+
+    def get(self: Any, value: Any) -> Any:
+        return Handle(np.array([value]).astype(name), getattr(tl, name))
+
+    return get
+
+
 def install() -> None:
     """Replace what is wrong, for all of this process."""
     builder = interpreter.InterpreterBuilder
     for function in (
         binary_op, unary_op, ternary_op, create_fma, create_rsqrt, create_erf, create_fabs,
-        cast_impl, create_fp_to_fp, create_dot,
+        cast_impl, create_fp_to_fp, create_dot, get_all_ones_value,
     ):  # fmt: skip
         replace(builder, function.__name__, function)
+    for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"):
+        replace(builder, f"get_{name}", _wrapping(name))
     replace(TritonSemantic, "binary_op_sanitize_overflow_impl", sanitize_overflow)
