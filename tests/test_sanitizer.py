@@ -14,6 +14,7 @@ from tilewise.check import cases
 from tilewise.choice import refusal
 from tilewise.op import INTERPRETED, OPS
 from tilewise.verify import SanitizerError, sanitize
+from tilewise.verify.findings import near
 
 if not INTERPRETED:
     pytest.skip("Triton compiles in this process", allow_module_level=True)
@@ -113,7 +114,7 @@ def test_a_finding_says_where_and_what():
     )
     assert str(found).splitlines() == [
         f"out of bounds: {found.what}",
-        f"    {found.file}:{found.line}: {found.text}",
+        f"    {near(found.file)}:{found.line}: {found.text}",
         "    in past_the_row, program (0, 0, 0), lane (50,), x_ptr +50 elements (+200 bytes)",
     ]
     assert found.text.startswith("x = tl.load(x_ptr + row * x_stride + col")
@@ -216,6 +217,17 @@ def test_programs_run_in_the_order_asked_for():
 def test_wrong_arguments(arguments, error, message):
     with pytest.raises(error, match=message), sanitize(*arguments):
         pass
+
+
+def test_a_version_that_is_not_tested_is_said_with_what_is_not():
+    from tilewise.verify.interpreter import untested
+
+    assert untested("3.6.0", []) is untested("3.9.1", []) is None
+    assert untested("4.0.0", []) == (
+        "sanitize: triton must be 3.6 to 3.9, got 4.0.0; untested: arithmetic, reductions, "
+        "memory checks, descriptors, atomics"
+    )
+    assert untested("3.9.0", ["ReduceOps.sum"]).endswith("got 3.9.0; untested: ReduceOps.sum")
 
 
 def test_a_process_that_compiles_is_refused(monkeypatch):

@@ -72,7 +72,7 @@ def _reason(output: str) -> str:
     """The line of pytest's output that says most."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith(("E  ", "ERROR", "error:"))]
-    return (errors or lines or ["it says nothing"])[0].removeprefix("E").strip()
+    return (errors or lines or ["it says nothing"])[0].removeprefix("E ").strip()
 
 
 def _say(content: dict[str, Any]) -> int:
@@ -86,10 +86,11 @@ def _say(content: dict[str, Any]) -> int:
     for finding in seen.values():
         often = f", seen {finding['times']} times" if finding["times"] > 1 else ""
         print(f"{finding['said']}{often}\n")
-    for test, text in content["failed"]:
+    failed = {test: text for test, text in reversed(content["failed"])}  # its first round
+    for test, text in failed.items():
         print(f"{test} failed:\n{text}\n")
     print(
-        f"{content['tests']} tests, {content['launches']} launches, {len(seen)} findings, "
-        f"{len(content['failed'])} failed for another reason"
+        f"{content['runs']} runs of tests, {content['launches']} launches, {len(seen)} findings, "
+        f"{len(failed)} failed for another reason"
     )
-    return 1 if seen or content["failed"] else 0
+    return 1 if seen or failed else 0

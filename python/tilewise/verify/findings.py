@@ -61,9 +61,15 @@ class Finding:
             place += f", {self.argument} {self.offset:+d} elements ({self.address:+d} bytes)"
         return (
             f"{self.kind}: {self.what}\n"
-            f"    {self.file}:{self.line}: {self.text}\n"
+            f"    {near(self.file)}:{self.line}: {self.text}\n"
             f"    in {self.kernel}, {place}"
         )
+
+
+def near(file: str) -> str:
+    """The path from here, if it lies below."""
+    path = Path(file)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file
 
 
 @dataclass

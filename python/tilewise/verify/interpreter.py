@@ -22,22 +22,30 @@ def repair() -> None:
     """
     if STOCK:
         return
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     arithmetic.install()
     reductions.install()
     intrinsics.install()
-    accesses.install(version)
+    accesses.install(_numbers(triton.__version__))
     hints.install()
     launches.install()
     replace(interpreter, "_patch_lang_tensor", patch_tensor)
-    if MISSING or not OLDEST <= version <= NEWEST:
-        untested = ", ".join(MISSING) or "bfloat16, reductions, memory checks, descriptors, atomics"
-        warnings.warn(
-            f"sanitize: triton must be 3.6 to 3.9 to be tested, got {triton.__version__}; "
-            f"untested: {untested}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    if (warning := untested(triton.__version__, MISSING)) is not None:
+        warnings.warn(warning, RuntimeWarning, stacklevel=2)
+
+
+def untested(version: str, missing: list[str]) -> str | None:
+    """What to warn of: the version is not one of those tested, or pieces of it are not there."""
+    if not missing and OLDEST <= _numbers(version) <= NEWEST:
+        return None
+    what = ", ".join(missing) or "arithmetic, reductions, memory checks, descriptors, atomics"
+    return (
+        f"sanitize: triton must be {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, "
+        f"got {version}; untested: {what}"
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def patch_tensor(tensor: Any, scope: Any) -> None:

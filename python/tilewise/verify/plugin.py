@@ -104,6 +104,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             for finding in report.findings
         ]
         launches = sum(report.launches for report in reports)
-        content = {"tests": len(reports), "launches": launches, "findings": found}
+        content = {"runs": len(reports), "launches": launches, "findings": found}
         content["failed"] = session.config.stash[FAILED]
         Path(file).write_text(json.dumps(content))
