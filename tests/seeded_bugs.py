@@ -245,6 +245,15 @@ def wrong_assertion(y_ptr, x_ptr, BUG: tl.constexpr):
     tl.store(y_ptr + tl.arange(0, 16), x)
 
 
+@triton.jit
+def waits_for_the_next(y_ptr, flag_ptr):
+    flag = tl.program_id(0)
+    tl.atomic_xchg(flag_ptr + flag, 1, sem="release")
+    while tl.atomic_add(flag_ptr + flag + 1, 0, sem="acquire") == 0:  # bug
+        pass
+    tl.store(y_ptr + flag, 1)
+
+
 @dataclass(frozen=True)
 class Seeded:
     """What must be found, and a launch with the bug or without."""

@@ -211,6 +211,18 @@ def test_programs_run_in_the_order_asked_for():
     assert turns("random", 1) == turns("random", 1) != turns("random", 2)
 
 
+def test_a_program_that_waits_for_a_later_one_is_stopped():
+    kernel, flags = seeded_bugs.waits_for_the_next, torch.tensor([0, 0, 0, 1], dtype=torch.int32)
+    with sanitize("reverse"):
+        kernel[(3,)](torch.empty(3), flags.clone())
+    with sanitize("forward") as report:
+        with pytest.raises(Exception, match="waits for another that has not run yet"):
+            kernel[(3,)](torch.empty(3), flags.clone())
+        [found] = report.findings
+        report.clear()
+    assert (found.kind, found.line) == ("waiting", line_of_the_bug(kernel))
+
+
 @pytest.mark.parametrize(
     "arguments, error, message",
     [

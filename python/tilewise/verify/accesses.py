@@ -40,6 +40,9 @@ def create_masked_load(
         lanes = _same_shape(mask, pointers)
         lanes = check_load(now.launch, pointers.data, lanes, _size(pointers), volatile)
         pointers, mask = _plain(pointers), Handle(lanes, tl.int1)
+        if volatile:
+            loaded = STOCK["create_masked_load"](self, pointers, mask, other, *rest, **named)
+            return _answered(loaded)
     return STOCK["create_masked_load"](self, pointers, mask, other, *rest, **named)
 
 
@@ -71,13 +74,21 @@ def _checked_atomic(pointers: Any, mask: Any, sem: Any, reads: bool) -> tuple[An
     return _plain(pointers), Handle(np.ascontiguousarray(lanes), tl.int1)
 
 
+def _answered(answer: Any) -> Any:
+    now = session.active
+    if now and now.launch:
+        session.note_answer(now.launch, answer.data)
+    return answer
+
+
 def create_atomic_rmw(
     self: Any, operation: Any, pointers: Any, value: Any, mask: Any, sem: Any, scope: Any
 ) -> Any:
     exchange = operation == interpreter._ir.ATOMIC_OP.XCHG
     pointers, mask = _checked_atomic(pointers, mask, sem, not exchange)
     if not is_narrow(value):
-        return STOCK["create_atomic_rmw"](self, operation, pointers, value, mask, sem, scope)
+        arguments = operation, pointers, value, mask, sem, scope
+        return _answered(STOCK["create_atomic_rmw"](self, *arguments))
     return _narrow_atomic(operation, pointers, value, mask)
 
 
@@ -106,12 +117,12 @@ def create_atomic_cas(
     pointers, mask = _checked_atomic(pointers, mask, sem, True)
     if not mask.data.all():
         return Handle(np.zeros_like(expected.data), expected.dtype.scalar)
-    return STOCK["create_atomic_cas"](self, pointers, expected, value, sem, scope)
+    return _answered(STOCK["create_atomic_cas"](self, pointers, expected, value, sem, scope))
 
 
 def create_atomic_load(self: Any, pointers: Any, mask: Any, sem: Any, scope: Any) -> Any:
     pointers, mask = _checked_atomic(pointers, mask, sem, True)
-    return STOCK["create_masked_load"](self, pointers, mask, None, None, True)
+    return _answered(STOCK["create_masked_load"](self, pointers, mask, None, None, True))
 
 
 def create_atomic_store(
@@ -130,7 +141,8 @@ def create_atomic_poll(
     values = STOCK["create_masked_load"](self, pointers, mask, None, None, True)
     matched = values.data == expected.data
     if timeout is None and not matched.all():
-        session.found("race", "a program waits for one that has not run: no order makes it end")
+        while True:
+            _answered(values)  # until its patience ends
     return Handle(matched, tl.int1)
 
 

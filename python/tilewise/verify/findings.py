@@ -17,6 +17,7 @@ KINDS = (
     "hint",  # tl.multiple_of, tl.max_contiguous or tl.max_constancy that is not so
     "overflow",  # of a signed integer of at most 32 bits
     "descriptor",  # what the hardware cannot describe
+    "waiting",  # a program waits for another that has not run
     "assertion",  # tl.device_assert or tl.assume
 )
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tilewise.verify.memory import Argument, Shadow
 
 ORDERS = ("forward", "reverse", "random")
+PATIENCE = 10_000  # times that a program may ask memory the same question
 
 
 class Access(NamedTuple):
@@ -49,6 +50,7 @@ class Launch:
         epochs: How often each program has released.
         clocks: Of the programs that have synchronised.
         locks: The clock that was left at an address.
+        asked: What was last asked of memory that others may change, with the answer, how often.
     """
 
     kernel: str
@@ -64,6 +66,7 @@ class Launch:
     epochs: Any = None
     clocks: dict[int, Any] = field(default_factory=dict)
     locks: dict[int, Any] = field(default_factory=dict)
+    asked: tuple[Any, int] = (None, 0)
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -155,6 +158,17 @@ def synchronise(launch: Launch, addresses: Any, acquire: bool, release: bool) ->
             clock = launch.clocks.setdefault(program, zeros.copy())
             clock[program] = launch.epochs[program]
             launch.locks[address] = clock.copy() if left is None else np.maximum(left, clock)
+
+
+def note_answer(launch: Launch, answer: Any) -> None:
+    """End a program that asks for the same over and over: no other runs before it ends."""
+    question = (launch.program, findings.where(), answer.tobytes())
+    times = launch.asked[1] + 1 if launch.asked[0] == question else 1
+    launch.asked = (question, times)
+    if times >= PATIENCE:
+        what = "a program waits for another that has not run yet, and runs alone until it ends"
+        found("waiting", what)
+        raise RuntimeError(f"sanitize: {what}")
 
 
 def found(
