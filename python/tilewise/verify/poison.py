@@ -25,7 +25,7 @@ def poisoned_empties() -> Iterator[None]:
     """Fill what is made by torch.empty and its like."""
     stock = [getattr(owner, name) for owner, name in MAKERS]
     for (owner, name), function in zip(MAKERS, stock, strict=True):
-        setattr(owner, name, _poisoning(function))
+        setattr(owner, name, _poisoning(function, TRACED.get(name, function)))
     try:
         yield
     finally:
@@ -34,16 +34,36 @@ def poisoned_empties() -> Iterator[None]:
         _BYTES.clear()
 
 
-def _poisoning(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _poisoning(function: Callable[..., Tensor], traced: Callable[..., Tensor]) -> Any:
     def make(*args: Any, **kwargs: Any) -> Tensor:
-        made = function(*args, **kwargs)
         if torch.compiler.is_compiling():
-            return made
+            return traced(*args, **kwargs)
+        made = function(*args, **kwargs)
         if type(made) is Tensor and made.layout == torch.strided and made.numel():
             _fill(made)
         return made
 
     return make
+
+
+# The methods, in terms that torch.compile can trace: their originals it cannot, once replaced.
+
+
+def _new_empty(
+    like: Tensor, *size: Any, dtype: Any = None, device: Any = None, **rest: Any
+) -> Tensor:
+    dtype, device = dtype or like.dtype, device or like.device
+    return torch.empty(*size, dtype=dtype, device=device, **rest)
+
+
+def _new_empty_strided(
+    like: Tensor, *size: Any, dtype: Any = None, device: Any = None, **rest: Any
+) -> Tensor:
+    dtype, device = dtype or like.dtype, device or like.device
+    return torch.empty_strided(*size, dtype=dtype, device=device, **rest)
+
+
+TRACED = {"new_empty": _new_empty, "new_empty_strided": _new_empty_strided}
 
 
 def _fill(tensor: Tensor) -> None:
