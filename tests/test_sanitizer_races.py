@@ -156,11 +156,11 @@ def test_views_of_one_storage_meet_where_they_overlap(start, step, order):
 @pytest.mark.parametrize("step", [1, 3])
 @pytest.mark.parametrize("wide_first", [True, False])
 def test_an_element_is_all_of_its_bytes(wide_first, step):
-    """The last byte of the fourth int32, as one program's byte."""
+    """The third byte of the twelfth int32, as one program's byte."""
     whole = torch.zeros(256, dtype=torch.int8)
-    wide, last = whole.view(torch.int32), whole[step * 4 * 3 + 3 :][:1].expand(1)
+    wide, third = whole.view(torch.int32), whole[step * 4 * 11 + 2 :][:1]
     order = "forward" if wide_first else "reverse"
-    arguments = wide, last, torch.empty(1, dtype=torch.int8), step
+    arguments = wide, third, torch.empty(1, dtype=torch.int8), step
     assert len(races(wide_and_byte, 2, *arguments, order=order)) == 1
     assert races(wide_and_byte, 2, wide, whole[255:], arguments[2], step, order=order) == []
 

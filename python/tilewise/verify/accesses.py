@@ -166,15 +166,15 @@ def create_make_tensor_descriptor(self: Any, *args: Any, **named: Any) -> Any:
         raise
 
 
-def install(version: tuple[int, ...]) -> None:
+def install() -> None:
     """Watch memory, for all of this process."""
     builder = interpreter.InterpreterBuilder
-    functions: list[Any] = [
+    for function in (
         create_masked_load, create_masked_store, create_atomic_rmw, create_atomic_cas,
         create_barrier, create_make_tensor_descriptor,
-    ]  # fmt: skip
-    if version >= (3, 9):
-        functions += [create_atomic_load, create_atomic_store, create_atomic_poll]
-    for function in functions:
+    ):  # fmt: skip
         replace(builder, function.__name__, function)
+    for later in (create_atomic_load, create_atomic_store, create_atomic_poll):  # not in 3.6
+        if hasattr(builder, later.__name__):
+            replace(builder, later.__name__, later)
     builder.create_descriptor_reduce = create_descriptor_reduce

@@ -49,6 +49,7 @@ def check_store(launch: Launch, pointers: Any, mask: Any, size: int, values: Any
     parts, allowed = locate(launch, pointers, mask, size, "store")
     for part in parts:
         shadow = part.argument.shadow
+        _enter_reads(launch, shadow)  # first: it may make the grains smaller
         where = grains(shadow, part.argument.base, part.offsets, size)
         if not isinstance(where, slice):
             _check_lanes(part, size, pointers.shape, values)
@@ -64,6 +65,7 @@ def check_atomic(
     mask = mask if allowed is None else allowed
     for part in parts:
         shadow = part.argument.shadow
+        _enter_reads(launch, shadow)
         where = grains(shadow, part.argument.base, part.offsets, size)
         if reads and shadow.initialised is not None:
             _check_written(part, where, size, pointers.shape, "atomic")
@@ -79,7 +81,6 @@ def _write(
 ) -> None:
     shadow = part.argument.shadow
     access = note_access(launch, atomic)
-    _enter_reads(launch, shadow)
     for name, what in _BEFORE_A_WRITE:
         before = getattr(shadow, name)
         if before is not None:

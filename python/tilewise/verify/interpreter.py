@@ -25,7 +25,7 @@ def repair() -> None:
     arithmetic.install()
     reductions.install()
     intrinsics.install()
-    accesses.install(_numbers(triton.__version__))
+    accesses.install()
     hints.install()
     launches.install()
     replace(interpreter, "_patch_lang_tensor", patch_tensor)
