@@ -67,6 +67,18 @@ def test_memory_written_on_the_host_is_written(dtype, write):
     assert found_by(run) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.bool])
+def test_bytes_that_look_empty_are_written_if_torch_wrote_them(dtype):
+    """Every byte is a number: nothing can be kept for memory that was never written."""
+
+    def run():
+        x = torch.empty(64, dtype=dtype)
+        x.copy_(x.clone())
+        copy[(1,)](torch.empty(64, dtype=dtype), x, 64, 64)
+
+    assert found_by(run) == []
+
+
 MAKERS = {
     "empty": lambda: torch.empty(64),
     "empty_like": lambda: torch.empty_like(torch.ones(64)),
