@@ -1,5 +1,8 @@
 """What the sanitizer takes for written, for inside, and for the same memory."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -95,11 +98,28 @@ def test_each_way_to_empty_memory(make):
         copy[(1,)](torch.zeros(64), make(), 64, 64)
 
     assert found_by(run) == [("uninitialised", "x_ptr", (0,))]
-    before = torch.empty, torch.Tensor.new_empty
     with sanitize():
-        assert torch.empty is not before[0]
         assert make().isnan().all()  # and so an output that nobody wrote is seen
-    assert (torch.empty, torch.Tensor.new_empty) == before
+
+
+ALONE = """
+import torch
+from tilewise.verify import sanitize
+
+before = torch.empty, torch.Tensor.new_empty
+with sanitize():
+    assert torch.empty is not before[0]
+    with torch.device("meta"), sanitize():
+        assert torch.empty(2).is_meta and torch.empty_strided((2,), (1,)).is_meta
+        assert not torch.empty(2, device="cpu").is_meta
+    assert torch.empty(2).isnan().all()
+assert (torch.empty, torch.Tensor.new_empty) == before
+"""
+
+
+def test_a_default_device_is_obeyed_and_all_is_put_back():
+    """In a process of its own: PyTorch remembers the first functions that it was asked about."""
+    subprocess.run([sys.executable, "-c", ALONE], check=True)
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -1])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 from tilewise.verify.memory import POISON_WORD, bytes_of
 
@@ -22,7 +23,11 @@ _BYTES: dict[int, tuple[Any, int, Any]] = {}
 
 @contextmanager
 def poisoned_empties() -> Iterator[None]:
-    """Fill what is made by torch.empty and its like."""
+    """Fill what is made by torch.empty and its like, unless a block around this one does."""
+    if hasattr(torch.empty, "poisons"):
+        yield
+        return
+    _device_constructors()  # `with torch.device(...)` knows torch.empty by what it is now
     stock = [getattr(owner, name) for owner, name in MAKERS]
     for (owner, name), function in zip(MAKERS, stock, strict=True):
         setattr(owner, name, _poisoning(function, TRACED.get(name, function)))
@@ -43,6 +48,7 @@ def _poisoning(function: Callable[..., Tensor], traced: Callable[..., Tensor]) -
             _fill(made)
         return made
 
+    make.poisons = True  # type: ignore[attr-defined]
     return make
 
 
