@@ -237,6 +237,22 @@ def test_wrong_arguments(arguments, error, message):
         pass
 
 
+@triton.jit
+def two_runs(y_ptr, x_ptr, index_ptr):
+    col = tl.multiple_of(tl.load(index_ptr + tl.arange(0, 16)), 8)
+    tl.store(y_ptr + tl.arange(0, 16), tl.load(x_ptr + col))
+
+
+@pytest.mark.parametrize("second, lane", [(40, None), (41, (8,))])
+def test_a_multiple_is_where_a_rising_run_starts(second, lane):
+    index = torch.cat([torch.arange(16, 24), torch.arange(second, second + 8)])
+    with sanitize() as report:
+        two_runs[(1,)](torch.empty(16), torch.zeros(64), index)
+        found = [(f.kind, f.lane) for f in report.findings]
+        report.clear()
+    assert found == ([("hint", lane)] if lane else [])
+
+
 def test_a_version_that_is_not_tested_is_said_with_what_is_not():
     from tilewise.verify.interpreter import untested
 
