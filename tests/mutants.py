@@ -30,7 +30,7 @@ ROOMS = {"kernels/triton": ".py", "kernels/numba": ".py", "csrc/cuda": ".cu"}
 NOT_KERNELS = {"__init__", "_parallel"}
 LIMIT = 600  # seconds for the tests of one mutant: more is a hang
 # What a compiler refuses was never a kernel: it is counted apart.
-REFUSED = re.compile(r"numba\.core\.errors\.|the emulated build failed")
+REFUSED = re.compile(r"numba\.core\.errors\.|build: \S+ must compile")
 STILLBORN = "does not compile"
 MODES = {
     "triton": {"TRITON_INTERPRET": "1"},
@@ -107,7 +107,7 @@ def run_tests(kernel: Kernel, tree: Path) -> str:
     """ "passed", or how the tests noticed."""
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | MODES[kernel.backend] | {
-            "PYTHONPATH": str(tree / "python"), "NUMBA_CACHE_DIR": cache,
+            "PYTHONPATH": str(tree / "python"), "NUMBA_CACHE_DIR": cache, "TILEWISE_CACHE": cache,
             "OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": "1",
         }  # fmt: skip
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]

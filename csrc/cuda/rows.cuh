@@ -19,10 +19,11 @@ __device__ inline int64_t first_row() { return blockIdx.x * int64_t{blockDim.y} 
 __device__ inline int64_t row_step() { return gridDim.x * int64_t{blockDim.y}; }
 
 // Call body with each column at which this thread moves kWidth elements of a row. Narrow accesses
-// are unrolled, to have enough bytes on the way; unrolled wide ones would spill.
+// are unrolled, to have enough bytes on the way; four at a time would spill on sm_120, and so would
+// unrolled wide ones anywhere.
 template <int kWidth, typename Body>
 __device__ void for_columns(int64_t cols, Body body) {
-  constexpr int kUnroll = kWidth == 1 ? 4 : 1;
+  constexpr int kUnroll = kWidth == 1 ? 3 : 1;
 #pragma unroll kUnroll
   for (int64_t col = threadIdx.x * kWidth; col < cols; col += blockDim.x * kWidth) body(col);
 }
