@@ -13,7 +13,7 @@ BUDGET ?= 540
 BIN := .venv/bin
 READY := .venv/ready-$(TORCH)
 ENVIRONMENT := OMP_WAIT_POLICY=passive $(if $(wildcard /dev/nvidia0),,TRITON_INTERPRET=1 TILEWISE_EMULATE=1)
-PYTEST := $(ENVIRONMENT) $(BIN)/python -m pytest -n 2 -q -rfE --timeout 600
+PYTEST := $(ENVIRONMENT) $(BIN)/python -m pytest -n 2 -q -rfE --timeout 600 --durations 12
 
 .PHONY: demo test check lint bench gpu mutants format docs native
 .DELETE_ON_ERROR:
