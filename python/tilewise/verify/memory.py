@@ -252,6 +252,8 @@ def _adopt(launch: Launch, address: int) -> Argument | None:
             continue
         if thing.layout != torch.strided or thing.numel() == 0:
             continue
+        if torch._is_functional_tensor(thing):  # has no memory, and raises if asked for it
+            continue
         storage = thing.untyped_storage()
         start = storage.data_ptr()
         if start <= address < start + storage.nbytes():
