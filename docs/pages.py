@@ -69,8 +69,8 @@ def gpu_status() -> str:
     if not verified and not timed:
         return (
             f"No kernel in its present form has run on a GPU yet: of the {len(known)} GPU kernels, "
-            "each is only compiled ahead of time, and the Triton ones are tested in the "
-            "interpreter.\n"
+            "each is compiled ahead of time and tested on a CPU, the Triton ones interpreted, the "
+            "CUDA C++ ones emulated.\n"
         )
     return (
         f"Of {len(known)} GPU kernels in their present form, {verified} were verified and "

@@ -50,11 +50,11 @@ class Kernel:
     @property
     def tests(self) -> list[str]:
         """What pytest is asked to run: the cases of these ops on this backend."""
-        files = [f"tests/properties/test_{op}.py" for op in self.ops]
+        named = [f"tests/properties/test_{op}.py" for op in self.ops]
+        files = [file for file in named if (ROOT / file).is_file()]
         wanted = [f"{op}-{self.backend}" for op in self.ops]
-        wanted += [f"({Path(f).name} and {self.backend})" for f in files if (ROOT / f).is_file()]
-        present = [f for f in files if (ROOT / f).is_file()]
-        return ["tests/test_ops.py", *present, "-k", " or ".join(wanted)]
+        wanted += [f"({Path(file).name} and {self.backend})" for file in files]
+        return ["tests/test_ops.py", *files, "-k", " or ".join(wanted)]
 
 
 def kernels() -> list[Kernel]:

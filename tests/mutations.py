@@ -52,7 +52,7 @@ SWAPS = {
 # A call of the first becomes one of the second: a wrong reduction, identity or function.
 CALLS = {
     "sum": "max", "max": "min", "min": "max", "maximum": "minimum", "minimum": "maximum",
-    "exp": "exp2", "exp2": "exp", "log": "log2", "log2": "log", "zeros": "ones", "cdiv": "floordiv",
+    "exp": "exp2", "exp2": "exp", "log": "log2", "log2": "log",
 }  # fmt: skip
 # Arguments of a call that may be forgotten.
 FORGOTTEN = {"mask", "other"}

@@ -23,7 +23,13 @@ CUDA = frozenset({"cuda"})
 CPU = frozenset({"cpu"})
 CUDA_DEVICES = CPU if native.EMULATED else CUDA
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+def interpreting() -> bool:
+    """Whether Triton interprets what is decorated from here on, as it reads the environment."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+INTERPRETED = interpreting()
 TRITON_DEVICES = frozenset({"cuda", "cpu"}) if INTERPRETED else CUDA
 
 

@@ -1,6 +1,6 @@
 """Arguments that several commands take, and what is said of a wrong one."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
 from json import dumps
 from math import isfinite
@@ -19,6 +19,13 @@ DTYPES = {
     "float64": torch.float64,
 }
 SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
+
+
+def positive(text: str) -> int:
+    """The positive whole number that `text` says."""
+    if not text.isdecimal() or int(text) == 0:
+        raise ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return int(text)
 
 
 def add_case_arguments(parser: ArgumentParser) -> None:

@@ -1,6 +1,6 @@
 """`tilewise bench`: time every backend beside PyTorch."""
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tilewise.cli.arguments import (
     named_device,
     named_dtype,
     named_ops,
+    positive,
     size_name,
     writable,
     write_json,
@@ -45,13 +46,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--quick", action="store_true",
         help="the first workload of each op, with all threads, without torch.compile",
     )  # fmt: skip
-
-
-def positive(text: str) -> int:
-    """The positive whole number that `text` says."""
-    if not text.isdecimal() or int(text) == 0:
-        raise ArgumentTypeError(f"must be a positive whole number, got {text!r}")
-    return int(text)
 
 
 def run(arguments: Namespace) -> int:

@@ -13,8 +13,8 @@ import torch
 import tilewise
 from tilewise import bench, clock
 from tilewise.cli import Refusal, main
-from tilewise.cli.arguments import named_device, named_ops
-from tilewise.cli.bench import draw_ratios, duration, positive
+from tilewise.cli.arguments import named_device, named_ops, positive
+from tilewise.cli.bench import draw_ratios, duration
 from tilewise.cli.check import Case, chosen_cases, one, summary
 from tilewise.cli.console import print_table, with_progress
 from tilewise.models.generation import generate

@@ -5,15 +5,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tilewise.cli import Refusal
-from tilewise.cli.arguments import writable, write_json
-
-ORDERS = ("forward", "reverse", "random")
+from tilewise.cli.arguments import positive, writable, write_json
+from tilewise.verify.session import ORDERS
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -22,15 +21,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--order", choices=ORDERS, default="random", help="of the programs")
     parser.add_argument("--seed", type=int, default=0, help="of the random order (0)")
     parser.add_argument(
-        "--orders", type=_count, default=1, metavar="K", help="seeds, from --seed on (1)"
+        "--orders", type=positive, default=1, metavar="K", help="seeds, from --seed on (1)"
     )
     parser.add_argument("--json", metavar="FILE", help="the findings, to a file")
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise ArgumentTypeError(f"must be a positive whole number, got {text!r}")
-    return int(text)
 
 
 def run(arguments: Namespace) -> int:

@@ -7,12 +7,12 @@ that names the target but never launches. So the specialisation is the one a lau
 
 import hashlib
 import io
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tilewise.op import CPU, Op, Size
-from tilewise.verify.architectures import REGISTERS, Architecture
+from tilewise.verify.architectures import Architecture
 
 Call = tuple[str, tuple[Any, ...]]
 Options = Mapping[str, Any]
@@ -167,6 +167,7 @@ def compiling_only(
     from triton import knobs
     from triton.runtime import driver, jit
 
+    launch_options = import_module("tilewise.kernels.triton._shared").launch_options
     launches: list[Launch] = []
     run: Callable[..., Any] = jit.JITFunction.run
     about: dict[str, Any] = {}
@@ -180,8 +181,8 @@ def compiling_only(
         about.clear()
         with redirect_stdout(log):
             other = dict((instead or {}).get(name, {}))
-            if "maxnreg" in kwargs and "num_warps" in other:  # all that so many warps can have
-                other["maxnreg"] = min(REGISTERS // (32 * other["num_warps"]), 255)
+            if "maxnreg" in kwargs and "num_warps" in other:
+                other |= launch_options(other["num_warps"])
             options = kwargs | other
             kernel = run(self, *args, grid=grid, warmup=True, **options)
         if not about:  # compiled before, in this block
@@ -221,8 +222,3 @@ def _options(function: Any, about: Mapping[str, Any]) -> dict[str, Any]:
         if name in names
     }
     return found | {"num_warps": about["num_warps"], "num_stages": about["num_stages"]}
-
-
-def interpreted() -> bool:
-    """Whether Triton interprets what is decorated now."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

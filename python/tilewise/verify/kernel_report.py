@@ -23,14 +23,13 @@ from typing import Any, TypeVar
 import torch
 
 from tilewise import toolchain
-from tilewise.op import OPS, Size
+from tilewise.op import OPS, Size, interpreting
 from tilewise.verify.ahead_of_time import (
     Call,
     Launch,
     Options,
     backend_calls,
     compiling_only,
-    interpreted,
     sizes_to_launch,
 )
 from tilewise.verify.architectures import ARCHITECTURES
@@ -255,7 +254,7 @@ def compile_report(kernel: Any, *args: Any, architecture: str = "sm_90", **optio
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"compile_report: architecture must be one of {known}, got {architecture}")
-    if interpreted() or not hasattr(kernel, "warmup"):
+    if interpreting() or not hasattr(kernel, "warmup"):
         raise RuntimeError("compile_report: TRITON_INTERPRET must be off, got on")
     with compiling_only(ARCHITECTURES[architecture]) as launches:
         kernel[(1,)](*args, **options)

@@ -6,7 +6,6 @@
 """
 
 import json
-import os
 import zlib
 from collections.abc import Generator
 from pathlib import Path
@@ -15,17 +14,13 @@ from typing import Any
 import pytest
 from _pytest.runner import runtestprotocol
 
+from tilewise.op import interpreting
 from tilewise.verify.findings import Report, SanitizerError
 from tilewise.verify.sanitizer import sanitize
 
 ROUND = pytest.StashKey[int]()
 FOUND = pytest.StashKey[list[Report]]()
 FAILED = pytest.StashKey[list[tuple[str, str]]]()
-
-
-def is_interpreting() -> bool:
-    """Whether kernels that are defined from here on are interpreted."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Repair the interpreter before a test module imports from it."""
     config.stash[FOUND], config.stash[FAILED] = [], []
-    if is_interpreting():
+    if interpreting():
         from tilewise.verify.interpreter import repair
 
         repair()
@@ -74,7 +69,7 @@ def _order(item: pytest.Item) -> tuple[str, int]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """Watch what the test launches."""
-    if not is_interpreting():
+    if not interpreting():
         return (yield)
     order, seed = _order(item)
     with sanitize(order, seed) as report:
