@@ -43,6 +43,8 @@ FOUND_PLAIN = {
     "misaligned_vector_load": "misaligned address: .* must be a multiple of 16",
     "uninitialised_shared_memory": "wrong: element 32 is -?nan",
     "too_much_shared_memory": "failed: invalid argument",
+    "flag_that_nobody_sets": "hangs: has let no other thread run for 0.3 seconds",
+    "flags_of_each_other": "hangs: has let no other thread run for 0.3 seconds",
 }
 FOUND_ADDRESS = {
     "global_one_past_the_end": "AddressSanitizer: heap-buffer-overflow",
@@ -64,6 +66,25 @@ FOUND_THREAD = dict.fromkeys(
     ],
     "ThreadSanitizer: data race",
 )
+FOUND_MEMORY = {
+    "uninitialised_shared_memory": "4 bytes, and byte 252 of held was never written",
+    "uninitialised_dynamic_shared_memory": "4 bytes, and byte 508 of dynamic shared memory was ne",
+    "uninitialised_part_of_a_vector": "bytes, and byte 1004 of held was never written",
+    "uninitialised_part_of_a_struct": "48 bytes, and byte 92 of held was never written",
+    "uninitialised_counter": "atomicAdd: uninitialised memory, byte 0 of count was never written",
+    "uninitialised_after_a_short_copy": "4 bytes, and byte 508 of dynamic shared memory was never",
+    "uninitialised_shared_memory_of_a_peer": "byte 0 of held in block 1 of the cluster was never",
+    "uninitialised_global_memory": "4 bytes, and byte 28 of 256 from cudaMalloc was never written",
+    "read_before_the_copy_came": "4 bytes, and byte 0 of held is still on its way",
+    "missing_barrier_before_read": "4 bytes, and byte 252 of held was never written",
+    "missing_warp_barrier": "4 bytes, and byte 124 of held was never written",
+    "index_outside_of_a_shared_array": r"out of bounds: 'float \[64\]' has no element 64",
+    "misaligned_vector_load": "misaligned address: .* must be a multiple of 16",
+    "flag_that_nobody_sets": "spins: reads the same again and again, and nothing else happens",
+    "flags_of_each_other": "spins: reads the same again and again, and nothing else happens",
+    "loop_without_an_end": "spins: reads the same again and again, and nothing else happens",
+}
+SPINS = ("flag_that_nobody_sets", "flags_of_each_other", "loop_without_an_end")
 WITHOUT_A_LINE = {  # found before the kernel begins, and after it ended
     ("plain", "too_much_shared_memory"),
     ("plain", "write_past_dynamic_shared_memory"),
@@ -89,6 +110,7 @@ def program(sanitizer):
 def run(command, **options):
     # A launch that fails leaves threads where they are, and what these own.
     quiet = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66"}
+    quiet["TILEWISE_EMULATION_PATIENCE"] = "0.3"
     environment = {k: v for k, v in os.environ.items() if k != "TILEWISE_EMULATION_ORDER"}
     return subprocess.run(
         [str(word) for word in command], env=environment | quiet, capture_output=True,
@@ -130,6 +152,11 @@ def test_address_sanitizer_finds(name, said):
     must_find("address", name, said)
 
 
+@pytest.mark.parametrize("name, said", kinds(FOUND_MEMORY))
+def test_every_access_is_checked(name, said):
+    must_find("memory", name, said)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, said", kinds(FOUND_THREAD))
 def test_thread_sanitizer_finds(name, said):
@@ -138,16 +165,30 @@ def test_thread_sanitizer_finds(name, said):
 
 def test_every_seeded_bug_is_found_by_some_build():
     seeds = set(re.findall(r'^    \{"(\w+)",', "".join(f.read_text() for f in SEEDED), re.M))
-    assert seeds == {*FOUND_PLAIN, *FOUND_ADDRESS, *FOUND_THREAD}
+    assert seeds == {*FOUND_PLAIN, *FOUND_ADDRESS, *FOUND_THREAD, *FOUND_MEMORY}
     assert len(seeds) >= 15
 
 
 @pytest.mark.parametrize(
-    "sanitizer", ["plain", "address", pytest.param("thread", marks=pytest.mark.slow)]
+    "sanitizer", ["plain", "address", "memory", pytest.param("thread", marks=pytest.mark.slow)]
 )
 def test_clean_kernels_give_no_finding_in_any_order(sanitizer):
     done = run([program(sanitizer), "every", "clean", CLEAN_ORDERS], text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", SPINS)
+def test_who_spins_lets_others_run_where_every_access_is_seen(name):
+    done = run([program("memory"), name, "clean", CLEAN_ORDERS], text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_impossible_patience_is_refused(monkeypatch):
+    emulated()
+    module, x = native.load(), torch.zeros(64)
+    monkeypatch.setenv("TILEWISE_EMULATION_PATIENCE", "long")
+    with pytest.raises(RuntimeError, match="PATIENCE: must be a number of seconds, got long"):
+        module.softmax_forward(x.data_ptr(), x.data_ptr(), 1, 8, 8, 1.0, False, module.f32, 0)
 
 
 # --- The kernels of the library, without Python.
@@ -159,6 +200,7 @@ def test_clean_kernels_give_no_finding_in_any_order(sanitizer):
         ("plain", 4, 4096, 111),
         ("address", 2, 4096, 111),
         pytest.param("thread", 1, 131, 87, marks=pytest.mark.slow),  # a thread costs 0.4 ms
+        pytest.param("memory", 4, 4096, 111, marks=pytest.mark.slow),  # its build, half a minute
     ],
 )
 def test_selftest(sanitizer, orders, cols, cases):
@@ -297,5 +339,5 @@ def test_what_the_emulator_lacks_is_named_with_its_line(tmp_path, statement, sai
 
 
 def test_an_unknown_sanitizer_is_refused():
-    with pytest.raises(ValueError, match="sanitizer must be one of plain, address, thread"):
-        emulation.build_program(SEEDED, "memory")
+    with pytest.raises(ValueError, match="must be one of plain, address, thread, memory, got"):
+        emulation.build_program(SEEDED, "undefined")

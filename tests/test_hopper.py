@@ -106,6 +106,17 @@ SANITIZED = {
     "gemm_slot_released_early": ("thread", r"data race.*produce.*gemm\.cu.*consume.*gemm\.cu"),
     "gemm_store_too_early": ("thread", r"data race.*put.*gemm\.cu"),
 }
+# With the line, where the numbers had none.
+CHECKED = {
+    "copy_not_awaited": r"is still on its way.*copy\.cu",
+    "copy_store_not_fenced": r"no fence\.proxy\.async has come since byte.*copy\.cu",
+    "mma_copy_not_awaited": r"ldmatrix: .* is still on its way.*mma\.cu",
+    "cluster_inbox_not_awaited": r"byte \d+ of dynamic shared .* never.*cluster\.cu",
+    "gemm_full_not_awaited": r"wgmma: .* is still on its way.*gemm\.cu",
+    "gemm_slot_released_early": r"wgmma: byte \d+ of .* was overwritten.*gemm\.cu",
+    "gemm_store_too_early": r"store: uninitialised memory.*gemm\.cu",
+    "gemm_store_not_fenced": r"store: no fence\.proxy\.async has come.*gemm\.cu",
+}
 ORDERS = ("forward", "reverse", "7", "9")
 
 
@@ -157,7 +168,7 @@ def test_planted_bug_is_noticed(fault):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize("sanitizer", ["address", "thread", "memory"])
 def test_clean_kernels_are_clean_under_sanitizers(sanitizer, order):
     done = run(order, sanitizer=sanitizer)
     assert {words for words in told(done).values() if words} == set()
@@ -171,6 +182,14 @@ def test_planted_bug_is_noticed_by_a_sanitizer(fault):
     check = CHECKS[fault.split("_")[0]]
     dones = [run(order, check, fault, sanitizer) for order in ORDERS]
     assert any(re.search(words, done.stdout + done.stderr, re.DOTALL) for done in dones)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", CHECKED)
+def test_planted_bug_is_noticed_where_every_access_is_checked(fault):
+    check = CHECKS[fault.split("_")[0]]
+    found = [" ".join(told(run(order, check, fault, "memory")).values()) for order in ORDERS]
+    assert any(re.search(CHECKED[fault], words) for words in found), found
 
 
 # --- By nvcc, for GPUs.

@@ -6,10 +6,16 @@ if(TILEWISE_SANITIZER STREQUAL "plain")
   set(instrumented -fsanitize=alignment,bounds)  # reported by undefined.cpp
 elseif(TILEWISE_SANITIZER STREQUAL "address")
   set(instrumented -fsanitize=address,undefined -fno-sanitize-recover=undefined)
+  set(linked ${instrumented})
 elseif(TILEWISE_SANITIZER STREQUAL "thread")
   set(instrumented -fsanitize=thread)
+  set(linked ${instrumented})
+elseif(TILEWISE_SANITIZER STREQUAL "memory")
+  # Every access calls a function: instrumented.cpp has them, not ThreadSanitizer's library.
+  set(instrumented -fsanitize=thread,alignment,bounds)
+  set(linked -Wl,--wrap=memcpy,--wrap=memmove,--wrap=memset)
 else()
-  message(FATAL_ERROR "TILEWISE_SANITIZER: must be plain, address or thread, "
+  message(FATAL_ERROR "TILEWISE_SANITIZER: must be plain, address, thread or memory, "
                       "got ${TILEWISE_SANITIZER}")
 endif()
 
@@ -22,9 +28,7 @@ target_compile_definitions(emulation PRIVATE ${sanitizer})
 target_compile_options(emulation PRIVATE
   -O2 -Wall -Wextra -Werror -fno-strict-aliasing -fno-tree-loop-distribute-patterns)
 target_link_libraries(emulation PUBLIC ${CMAKE_DL_LIBS})
-if(NOT TILEWISE_SANITIZER STREQUAL "plain")
-  target_link_options(emulation PUBLIC ${instrumented})
-endif()
+target_link_options(emulation PUBLIC ${linked})
 
 # Kernels read the same bytes as several types. Pragmas are nvcc's, and what only they use unused.
 set(device -g -O1 -fno-strict-aliasing -ffp-contract=off -fno-omit-frame-pointer

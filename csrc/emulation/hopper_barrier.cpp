@@ -1,6 +1,7 @@
 // mbarrier: a word in shared memory that counts arrivals and bytes.
 #include "emulation/hopper.h"
 #include "emulation/late.h"
+#include "emulation/written.h"
 
 namespace tilewise::emulation {
 namespace {
@@ -138,6 +139,7 @@ void barrier_init(uint64_t* barrier, uint32_t arrivals, Place place) {
     fail(place, "%s: a phase of this barrier is under way", kWhat);
   }
   emulation::write(barrier, {emulation::kMark, 0, arrivals, arrivals, 0});
+  emulation::mark(barrier, sizeof *barrier, emulation::Written::yes);
 }
 
 void barrier_init_fence() {}

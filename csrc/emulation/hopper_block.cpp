@@ -3,6 +3,7 @@
 
 #include "emulation/hopper.h"
 #include "emulation/late.h"
+#include "emulation/written.h"
 
 namespace tilewise::emulation {
 namespace {
@@ -37,7 +38,9 @@ void forget_block() {
 
 // A block has ended and others of its cluster have not: what they read there is no longer defined.
 void close_shared(const Block& block) {
-  if (machine.blocks.size() > 1) poison_bytes(block.shared.base, block.shared.used);
+  if (machine.blocks.size() <= 1) return;
+  poison_bytes(block.shared.base, block.shared.used);
+  mark_in(block, 0, block.shared.used, Written::block_ended);
 }
 
 const bool registered = (on_residence(forget_block), on_end(close_shared), true);

@@ -5,6 +5,7 @@
 
 #include "emulation/hopper.h"
 #include "emulation/late.h"
+#include "emulation/written.h"
 
 namespace tilewise::emulation {
 namespace {
@@ -121,7 +122,18 @@ void execute_load(const Copy& copy) {
   barrier_complete(copy.barrier, copy.map.bytes(), kLoad, copy.place);
 }
 
+// Call body for where each element is in shared memory that is inside of the tensor.
+template <typename Body>
+void for_elements(const Copy& copy, Body body) {
+  for_rows(copy.map, copy.at, [&](uint32_t row, char*, int64_t skipped, int64_t bytes) {
+    for (int64_t i = skipped; i < skipped + bytes; i += copy.map.element) {
+      body(shared_place(copy, row, static_cast<uint32_t>(i)));
+    }
+  });
+}
+
 void execute_store(const Copy& copy) {
+  for_elements(copy, [&](uint32_t at) { check_kept(at, copy.map.element, kStore, copy.place); });
   const char* view = async_view(*copy.block);
   for_rows(copy.map, copy.at, [&](uint32_t row, char* to, int64_t skipped, int64_t bytes) {
     alignas(kPiece) char buffer[kMaxRowBytes];
@@ -203,6 +215,7 @@ void load_box(void* to, const CUtensorMap& map, uint64_t* barrier, const int* at
   check_barrier(barrier, kLoad, place);
   for_rows(copy.map, copy.at, [&](uint32_t, const char* from, int64_t, int64_t bytes) {
     check_read(from, static_cast<size_t>(bytes), kLoad, place);
+    check_written(from, static_cast<size_t>(bytes), kLoad, place);
   });
   check_write(to, copy.map.bytes(), kLoad, place);
   poison_shared(*copy.block, copy.offset, copy.map.bytes());
@@ -214,8 +227,10 @@ void store_box(const CUtensorMap& map, const void* from, const int* at, int rank
   Copy copy = prepared(map, from, at, rank, kStore, place);
   copy.group = groups_of(copy.thread).committed;
   check_read(from, copy.map.bytes(), kStore, place);
+  for_elements(copy, [&](uint32_t at) { check_published(at, copy.map.element, kStore, place); });
   for_rows(copy.map, copy.at, [&](uint32_t, char* to, int64_t, int64_t bytes) {
     check_write(to, static_cast<size_t>(bytes), kStore, place);
+    mark(to, static_cast<size_t>(bytes), Written::yes);
   });
   stores.add(copy);
 }

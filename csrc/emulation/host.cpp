@@ -9,6 +9,7 @@
 #include <mutex>
 
 #include "emulation/launch.h"
+#include "emulation/written.h"
 
 namespace {
 
@@ -137,16 +138,19 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
   if (bytes && posix_memalign(memory, kAlignment, bytes))
     return returned(cudaErrorMemoryAllocation);
   if (bytes) std::memset(*memory, 0xFF, bytes);  // NaN, where a GPU would have anything at all
+  if (bytes) remember_allocation(*memory, bytes);
   return cudaSuccess;
 }
 
 cudaError_t cudaFree(void* memory) {
+  forget_allocation(memory);
   std::free(memory);
   return cudaSuccess;
 }
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
   if (bytes) std::memcpy(to, from, bytes);
+  copied(to, from, bytes);
   return cudaSuccess;
 }
 

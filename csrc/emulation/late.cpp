@@ -1,6 +1,8 @@
 // Bytes that move late.
 #include "emulation/late.h"
 
+#include "emulation/written.h"
+
 #if defined(TILEWISE_ADDRESS)
 #include <sanitizer/asan_interface.h>
 #elif defined(TILEWISE_THREAD)
@@ -96,16 +98,19 @@ const char* async_view(const Block& block) { return view_of(block); }
 
 void publish(const Block& block) {
   copy_bytes(view_of(block), block.shared.base, block.shared.used);
+  mark_published(block);
 }
 
 void write_shared(const Block& block, uint32_t offset, const void* from, size_t bytes) {
   copy_bytes(block.shared.base + offset, from, bytes);
   copy_bytes(view_of(block) + offset, from, bytes);
+  mark_in(block, offset, bytes, Written::yes);
 }
 
 void poison_shared(const Block& block, uint32_t offset, size_t bytes) {
   poison_bytes(block.shared.base + offset, bytes);
   poison_bytes(view_of(block) + offset, bytes);
+  mark_in(block, offset, bytes, Written::on_its_way);
 }
 
 }  // namespace tilewise::emulation

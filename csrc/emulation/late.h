@@ -12,7 +12,7 @@ void copy_bytes(void* to, const void* from, size_t bytes);
 void poison_bytes(void* at, size_t bytes);
 
 // The current thread reads or writes what its kernel's own code does not: AddressSanitizer checks
-// it, ThreadSanitizer notes it.
+// it, ThreadSanitizer notes it. (The build "memory": written.h.)
 void check_read(const void* from, size_t bytes, const char* what, Place place);
 void check_write(void* to, size_t bytes, const char* what, Place place);
 

@@ -10,6 +10,7 @@
 
 #include "emulation/fiber.h"
 #include "emulation/runtime.h"
+#include "emulation/trace.h"
 
 namespace tilewise::emulation {
 
@@ -24,6 +25,13 @@ struct Wait {
   int threads = 0;    // that it wants
 };
 
+// Of a thread that may be spinning: the addresses it read since it last did anything else.
+struct Reads {
+  const void* at[4] = {};
+  unsigned next = 0;   // of them to be forgotten
+  unsigned again = 0;  // reads since another address came
+};
+
 struct Thread {
   Fiber fiber;
   Block* block = nullptr;
@@ -36,6 +44,7 @@ struct Thread {
   bool fenced = false;        // executed __threadfence, and
   bool fenced_block = false;  // __threadfence_block
   const void* last_atomic = nullptr;
+  Reads reads;
 };
 
 struct Barrier {
@@ -69,10 +78,14 @@ struct SharedArray {
   size_t offset, bytes;
 };
 
+constexpr size_t kArenaBytes = 512 * 1024;  // of addresses, for the shared memory of a block
+
 // The shared memory of one block, between two pages that nobody may touch.
 struct SharedMemory {
   ~SharedMemory();
   char* base = nullptr;
+  char* written = nullptr;    // what is known of each byte: written.h
+  char* published = nullptr;  // and of each as the copy engine and wgmma see it
   size_t used = 0;
   std::vector<SharedArray> arrays;
 };
@@ -100,13 +113,17 @@ struct Machine {
   size_t next = 0;  // in ready
   std::vector<Thread*> polling;
   int alive = 0;
-  uint64_t spins = 0;  // preemptions since a thread last waited or returned
+  uint64_t turns = 0;       // of all threads, since the launch began
+  uint64_t spins = 0;       // preemptions since a thread last waited or returned
+  uint64_t idle_turns = 0;  // that ended because a thread spins, since anything was written
   Order order = Order::kForward;
   uint64_t random = 0;
-  uint64_t skew = 0;  // in a random order, what makes some warps slow; 0: none is
+  uint64_t skew = 0;          // in a random order, what makes some warps slow; 0: none is
   Thread* current = nullptr;  // that runs, or whose condition is asked
   bool on_fiber = false;
-  char failure[4096] = "";
+  char failure[2048] = "";  // the first line of the report
+  Place failed_at{};        // or, without a file, where this leads
+  Trace failed_in;
 };
 
 extern Machine machine;
@@ -117,6 +134,10 @@ void suspend(const Wait& wait);  // until somebody makes this thread ready
 void make_ready(Thread* thread);
 bool poll();  // make ready whoever waits for what has come true; whether there is anybody
 uint64_t draw();
+
+// As fail(), of code that has no place but this one.
+[[noreturn]] void fail_in(const Trace& trace, const char* format, ...)
+    __attribute__((format(printf, 2, 3)));
 
 // --- warp.cpp
 

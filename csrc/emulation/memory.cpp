@@ -6,6 +6,7 @@
 #include <new>
 
 #include "emulation/machine.h"
+#include "emulation/written.h"
 
 #if defined(TILEWISE_ADDRESS)
 #include <sanitizer/asan_interface.h>
@@ -15,10 +16,10 @@ namespace tilewise::emulation {
 namespace {
 
 constexpr size_t kGuardBytes = 64 * 1024;
-constexpr size_t kArenaBytes = 512 * 1024;
 constexpr size_t kStaticBytes = 48 * 1024;  // what nvcc allows
 constexpr size_t kGaps = 16 * 1024;         // between arrays, and where they begin
 constexpr size_t kTagBytes = 64 * 1024;
+constexpr size_t kMappedBytes = 3 * kArenaBytes + kTagBytes + 2 * kGuardBytes;
 constexpr size_t kGap = 64;  // that nobody may touch, after each array
 constexpr size_t kDynamicAlignment = 1024;
 constexpr unsigned char kPoison = 0xFF;  // NaN in every floating-point type
@@ -54,8 +55,7 @@ void* allocate(SharedMemory& memory, const void* key, const char* name, size_t b
 }
 
 char* map() {
-  const size_t all = kArenaBytes + kTagBytes + 2 * kGuardBytes;
-  void* memory = mmap(nullptr, all, PROT_READ | PROT_WRITE,
+  void* memory = mmap(nullptr, kMappedBytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   char* base = static_cast<char*>(memory) + kGuardBytes;
@@ -73,6 +73,9 @@ void prepare_shared(Block& block, size_t dynamic_bytes) {
   std::memset(memory.base, kPoison, dynamic_bytes + kStaticBytes + kGaps);
   forbid(memory.base, kArenaBytes);
   block.tags = memory.base + kArenaBytes + kGuardBytes;
+  memory.written = memory.base + kArenaBytes + kGuardBytes + kTagBytes;
+  memory.published = memory.written + kArenaBytes;
+  mark_in(block, 0, dynamic_bytes + kStaticBytes + kGaps, Written::never);
   memory.arrays.clear();
   memory.arrays.reserve(64);
   memory.used = kDynamicAlignment;  // so that nothing is at offset 0, which looks like null
@@ -84,7 +87,7 @@ void prepare_shared(Block& block, size_t dynamic_bytes) {
 SharedMemory::~SharedMemory() {
   if (!base) return;
   permit(base, kArenaBytes);
-  munmap(base - kGuardBytes, kArenaBytes + kTagBytes + 2 * kGuardBytes);
+  munmap(base - kGuardBytes, kMappedBytes);
 }
 
 const void* tag(const Block& block, int i) { return static_cast<char*>(block.tags) + 8 * i; }

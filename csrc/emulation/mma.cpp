@@ -1,6 +1,7 @@
 // cp.async, ldmatrix and mma.sync. A copy poisons its destination and is executed when its own
 // thread waits for it.
 #include "emulation/late.h"
+#include "emulation/written.h"
 // These redefine words that the C++ library uses, and come after it.
 #include "cuda/mma.cuh"
 
@@ -57,6 +58,7 @@ void execute(const Copy& copy) {
   alignas(16) char buffer[16] = {};
   copy_bytes(buffer, copy.from, static_cast<size_t>(copy.valid));
   copy_bytes(copy.to, buffer, static_cast<size_t>(copy.bytes));
+  mark(copy.to, static_cast<size_t>(copy.bytes), Written::yes);
 }
 
 float to_number(uint32_t pair, int which, MmaType type) {
@@ -78,8 +80,10 @@ void copy_async(void* to, const void* from, int bytes, int valid, Place place) {
   }
   check_shared_range(shared_offset(to, place), bytes, kCopy, place);
   check_read(from, static_cast<size_t>(valid), kCopy, place);
+  check_written(from, static_cast<size_t>(valid), kCopy, place);
   check_write(to, bytes, kCopy, place);
   poison_bytes(to, bytes);
+  mark(to, bytes, Written::on_its_way);
   Queue& queue = mine();
   const int i = take(place);
   copies[i] = {to, from, bytes, valid, queue.committed, kNone};
@@ -107,6 +111,7 @@ void load_matrices(uint32_t* out, int count, bool transposed, const void* row, P
     }
     check_shared_range(shared_offset(row, place), 16, kWhat, place);
     check_read(row, 16, kWhat, place);
+    check_written(row, 16, kWhat, place);
     copy_bytes(halves, row, sizeof halves);
   }
   uint64_t low[kLanes], high[kLanes];

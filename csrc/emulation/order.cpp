@@ -2,6 +2,7 @@
 // a fence before it (release) or after it (acquire). A fence is taken to hold for all that its
 // thread does later, so a write between the fence and the atomic passes for ordered.
 #include "emulation/machine.h"
+#include "emulation/written.h"
 
 #if defined(TILEWISE_THREAD)
 #include <sanitizer/tsan_interface.h>
@@ -42,10 +43,11 @@ void fence(bool of_block) {
   if (!of_block) acquire(me.last_atomic);
 }
 
-void before_atomic(const void* address) {
+void before_atomic(const void* address, size_t read, const char* what, Place place) {
   const Thread* me = machine.current;
   if (me && me->fenced_block) release(block_tag(address));
   if (me && me->fenced) release(address);
+  if (me) check_written(address, read, what, place);
 }
 
 void after_atomic(const void* address) {

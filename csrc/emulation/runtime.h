@@ -97,8 +97,9 @@ void on_residence(void (*forget)());
 
 void release(const void* address);
 void acquire(const void* address);
-void fence(bool of_block);                // __threadfence, __threadfence_block
-void before_atomic(const void* address);  // around every atomic operation
+void fence(bool of_block);  // __threadfence, __threadfence_block
+// Around every atomic operation; `read` are the bytes whose value it depends on.
+void before_atomic(const void* address, size_t read, const char* what, Place place);
 void after_atomic(const void* address);
 
 // --- Shared memory: poisoned when a block begins, one arena for each resident block.

@@ -11,6 +11,7 @@
 #include <stdexcept>
 
 #include "emulation/machine.h"
+#include "emulation/watchdog.h"
 
 uint3 threadIdx;
 uint3 blockIdx;
@@ -59,6 +60,26 @@ void read_order() {
                               "got ") +
                   asked);
   }
+}
+
+// What failed, and where.
+std::string finding() {
+  const Place place = machine.failed_at;
+  std::string text = machine.failure;
+  if (place.file) {
+    text += std::string("\n  at ") + place.file + ":" + std::to_string(place.line) + " (" +
+            place.function + ")";
+  } else {
+    text += describe(machine.failed_in);
+  }
+  return text + "\n  in " + whereabouts(machine.current);
+}
+
+[[noreturn]] void stop(const char* format, va_list arguments) {
+  std::vsnprintf(machine.failure, sizeof machine.failure, format, arguments);
+  if (!machine.on_fiber) throw Failure(finding());
+  leave(machine.current->fiber, true);
+  std::abort();  // nobody enters a fiber that failed
 }
 
 // What every fiber runs.
@@ -120,8 +141,10 @@ uint64_t haste(const Thread& thread) {
 size_t draw_place() {
   constexpr int kCandidates = 8;
   const auto place = [] { return machine.next + draw() % (machine.ready.size() - machine.next); };
+  // Where all seem to spin, the slow may have what the others wait for.
+  const bool fair = machine.idle_turns > static_cast<uint64_t>(machine.alive);
   size_t best = place();
-  for (int i = 1; i < kCandidates && machine.skew; ++i) {
+  for (int i = 1; i < kCandidates && machine.skew && !fair; ++i) {
     const size_t other = place();
     if (haste(*machine.ready[other]) > haste(*machine.ready[best])) best = other;
   }
@@ -146,14 +169,15 @@ void resume(Thread& thread) {
   machine.current = &thread;
   threadIdx = thread.index;
   blockIdx = thread.block->index;
+  ++machine.turns;
   machine.on_fiber = true;
   enter(thread.fiber);
   machine.on_fiber = false;
+  if (machine.failure[0]) throw Failure(finding());
   machine.current = nullptr;
-  if (machine.failure[0]) throw Failure(machine.failure);
   if (thread.returned) {
     --machine.alive;
-    machine.spins = 0;
+    machine.spins = machine.idle_turns = 0;
     if (--thread.block->alive == 0) {
       for (auto check : work().end) check(*thread.block);
     }
@@ -163,6 +187,7 @@ void resume(Thread& thread) {
 bool work_late() {
   bool moved = false;
   for (auto work_late : work().idle) moved |= work_late();
+  if (moved) machine.idle_turns = 0;
   return moved;
 }
 
@@ -239,16 +264,18 @@ bool launch(const Shape& shape, const void* kernel, const std::function<void()>&
   machine.kernel = kernel;
   machine.body = &body;
   machine.failure[0] = '\0';
-  machine.spins = 0;
+  machine.turns = machine.spins = machine.idle_turns = 0;
   blockDim = shape.block;
   gridDim = shape.grid;
   bool failed = false;
   try {
     read_order();
+    const Watchdog watchdog;
     run_grid();
   } catch (const std::exception& failure) {
     last_report = failure.what();
     failed = true;
+    machine.current = nullptr;
     forget_resident();
   }
   acquire(&machine.body);
@@ -286,7 +313,7 @@ void make_ready(Thread* thread) { machine.ready.push_back(thread); }
 
 void suspend(const Wait& wait) {
   Thread& me = *machine.current;
-  machine.spins = 0;
+  machine.spins = machine.idle_turns = 0;
   me.wait = wait;
   leave(me.fiber, false);
 }
@@ -313,17 +340,18 @@ void on_end(void (*check)(const Block&)) { work().end.push_back(check); }
 void on_residence(void (*forget)()) { work().residence.push_back(forget); }
 
 void fail(Place place, const char* format, ...) {
-  char message[2048];
   va_list arguments;
   va_start(arguments, format);
-  std::vsnprintf(message, sizeof message, format, arguments);
-  va_end(arguments);
-  const std::string where = whereabouts(machine.current);
-  std::snprintf(machine.failure, sizeof machine.failure, "%s\n  at %s:%d (%s)\n  in %s", message,
-                place.file, place.line, place.function, where.c_str());
-  if (!machine.on_fiber) throw Failure(machine.failure);
-  leave(machine.current->fiber, true);
-  std::abort();  // nobody enters a fiber that failed
+  machine.failed_at = place;
+  stop(format, arguments);
+}
+
+void fail_in(const Trace& trace, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  machine.failed_at = {};
+  machine.failed_in = trace;
+  stop(format, arguments);
 }
 
 }  // namespace tilewise::emulation

@@ -2,6 +2,7 @@
 // first of them waits for it and the last has issued it: until then its sums are poisoned, and its
 // tiles are read no sooner.
 #include "emulation/late.h"
+#include "emulation/written.h"
 // These redefine words that the C++ library uses, and come after it.
 #include "cuda/wgmma.cuh"
 
@@ -167,9 +168,12 @@ void for_pieces(const Tile& tile, int size, Body body) {
 
 // Call put(row or column, K, number) for every element.
 template <typename Put>
-void read_tile(const Block& block, const Tile& tile, int size, bool bf16, Put put) {
+void read_tile(const Block& block, const Tile& tile, int size, const Operation& operation,
+               Put put) {
   const char* view = async_view(block);
+  const bool bf16 = operation.instruction.bf16;
   for_pieces(tile, size, [&](int index, int k, uint32_t at) {
+    check_kept(at, 16, kWhat, operation.place);
     uint16_t elements[8];
     __builtin_memcpy(elements, view + at, sizeof elements);
     for (int i = 0; i < 8; ++i) {
@@ -192,6 +196,7 @@ void check_tile(const Tile& tile, int size, Place place) {
   for_pieces(tile, size, [&](int, int, uint32_t at) {
     check_shared_range(at, 16, kWhat, place);
     check_read(block.shared.base + at, 16, kWhat, place);
+    check_published(at, 16, kWhat, place);
   });
 }
 
@@ -218,10 +223,10 @@ void execute(Warpgroup& group, const Operation& operation, uint64_t number) {
   if (told.fragments) {
     read_fragments(operation);
   } else {
-    read_tile(*group.block, decode(told.a, told.a_mn_major, operation.place), kRows, told.bf16,
+    read_tile(*group.block, decode(told.a, told.a_mn_major, operation.place), kRows, operation,
               [](int row, int k, float value) { a_tile[row][k] = value; });
   }
-  read_tile(*group.block, decode(told.b, told.b_mn_major, operation.place), told.cols, told.bf16,
+  read_tile(*group.block, decode(told.b, told.b_mn_major, operation.place), told.cols, operation,
             [](int col, int k, float value) { b_tile[k][col] = value; });
   for (int row = 0; row < kRows; ++row) {
     float* sums = product[row];

@@ -19,7 +19,7 @@ from tilewise import toolchain
 
 MODULE = "tilewise._emulated"
 FILE = f"_emulated{toolchain.SUFFIX}"
-SANITIZERS = ("plain", "address", "thread")  # address: undefined behaviour too
+SANITIZERS = ("plain", "address", "thread", "memory")  # address: undefined behaviour too
 
 
 @cache

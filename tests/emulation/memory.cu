@@ -47,7 +47,7 @@ __global__ void uninitialised_shared_memory(float* x, int n) {
   TILEWISE_SHARED(held, float[kThreads]);
   if (threadIdx.x < static_cast<unsigned>(kBug ? n / 2 : n)) held[threadIdx.x] = 1.f;
   __syncthreads();
-  x[threadIdx.x] += held[threadIdx.x];
+  x[threadIdx.x] += held[threadIdx.x];  // found: uninitialised_shared_memory
 }
 
 template <bool kBug>

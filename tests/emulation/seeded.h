@@ -24,6 +24,8 @@ extern const std::vector<Seed> kBarriers;
 extern const std::vector<Seed> kWarps;
 extern const std::vector<Seed> kMemory;
 extern const std::vector<Seed> kBlocks;
+extern const std::vector<Seed> kWritten;
+extern const std::vector<Seed> kSpins;  // of which even the clean need the build "memory"
 
 int conversions();
 
