@@ -19,16 +19,23 @@ else()
                       "got ${TILEWISE_SANITIZER}")
 endif()
 
-# Without sanitizers, and without calls of memcpy where there is none in the source.
+# Compiled once for all that is linked against it: without sanitizers, and without calls of memcpy
+# where there is none in the source.
 file(GLOB_RECURSE emulator CONFIGURE_DEPENDS csrc/emulation/*.cpp)
-add_library(emulation STATIC ${emulator})
-target_include_directories(emulation PUBLIC csrc csrc/emulation/include)
+add_library(runtime STATIC EXCLUDE_FROM_ALL ${emulator})
+target_include_directories(runtime PRIVATE csrc csrc/emulation/include)
 string(TOUPPER TILEWISE_${TILEWISE_SANITIZER} sanitizer)
-target_compile_definitions(emulation PRIVATE ${sanitizer})
-target_compile_options(emulation PRIVATE
+target_compile_definitions(runtime PRIVATE ${sanitizer})
+target_compile_options(runtime PRIVATE
   -O2 -Wall -Wextra -Werror -fno-strict-aliasing -fno-tree-loop-distribute-patterns)
-target_link_libraries(emulation PUBLIC ${CMAKE_DL_LIBS})
-target_link_options(emulation PUBLIC ${linked})
+
+if(NOT TILEWISE_RUNTIME)
+  set(TILEWISE_RUNTIME runtime)
+endif()
+add_library(emulation INTERFACE)
+target_include_directories(emulation INTERFACE csrc csrc/emulation/include)
+target_link_libraries(emulation INTERFACE ${TILEWISE_RUNTIME} ${CMAKE_DL_LIBS})
+target_link_options(emulation INTERFACE ${linked})
 
 # Kernels read the same bytes as several types. Pragmas are nvcc's, and what only they use unused.
 set(device -g -O1 -fno-strict-aliasing -ffp-contract=off -fno-omit-frame-pointer

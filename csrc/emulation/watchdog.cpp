@@ -23,7 +23,12 @@ namespace tilewise::emulation {
 namespace {
 
 constexpr double kPatience = 20;  // seconds
-constexpr int kTicks = 4;         // of the timer in this time
+#if defined(TILEWISE_THREAD)
+constexpr bool kIsHeldBack = true;  // a signal, until it is too late
+#else
+constexpr bool kIsHeldBack = false;
+#endif
+constexpr int kTicks = 4;  // of the timer in this time
 constexpr size_t kStack = 64 * 1024;
 
 double patience;
@@ -76,18 +81,11 @@ void tick(int, siginfo_t*, void* context) {
 
 }  // namespace
 
-#if defined(TILEWISE_THREAD)
-
-Watchdog::Watchdog() { patience = read_patience(); }
-Watchdog::~Watchdog() {}
-
-#else
-
 Watchdog::Watchdog() {
   patience = read_patience();
   last_turn = 0;
   ticks = 0;
-  if (patience == 0) return;
+  if (patience == 0 || kIsHeldBack) return;
   stack_t others;
   if (sigaltstack(nullptr, &others) == 0 && others.ss_flags & SS_DISABLE) {
     stack_t own{};
@@ -121,7 +119,5 @@ Watchdog::~Watchdog() {
   timer_delete(timer_);
   sigaction(signal_number(), &before_, nullptr);
 }
-
-#endif
 
 }  // namespace tilewise::emulation

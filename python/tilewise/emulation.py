@@ -8,6 +8,8 @@ Python launch kernels too, and can be compiled with sanitizers:
 
     TILEWISE_EMULATION_ORDER  In which order blocks and threads take turns: "forward", "reverse",
                               or a number, the seed of a random order. Read at every launch.
+    TILEWISE_EMULATION_PATIENCE  After how many seconds of processor time a thread that lets no
+                              other run ends the launch: 20; 0 is never. Read at every launch.
 """
 
 import hashlib
@@ -19,7 +21,8 @@ from tilewise import toolchain
 
 MODULE = "tilewise._emulated"
 FILE = f"_emulated{toolchain.SUFFIX}"
-SANITIZERS = ("plain", "address", "thread", "memory")  # address: undefined behaviour too
+# "address" is for undefined behaviour too, "memory" for reads of what was never written.
+SANITIZERS = ("plain", "address", "thread", "memory")
 
 
 @cache
@@ -78,7 +81,8 @@ def build_program(sources: Sequence[Path], sanitizer: str = "plain") -> Path:
     Args:
         sources: Its files, .cu and .cpp, one with `main`. A change in a header beside them counts.
         sanitizer: "plain", which reports misaligned accesses and indices outside of arrays,
-            "address" with AddressSanitizer and UndefinedBehaviorSanitizer, or "thread".
+            "address" with AddressSanitizer and UndefinedBehaviorSanitizer, "thread", or "memory",
+            which reports reads of what was never written, and loops that wait for nothing.
 
     Raises:
         ValueError: If there is no such sanitizer.
@@ -109,10 +113,14 @@ def _build(
     folder = toolchain.source()
     assert folder is not None
     sanitizer = variant.rpartition("-")[2]
-    emulated = {"TILEWISE_EMULATION": "ON", "TILEWISE_SANITIZER": sanitizer} | options
+    options = {"TILEWISE_EMULATION": "ON", "TILEWISE_SANITIZER": sanitizer} | options
+    if "runtime" not in files:  # the same for all, and half of their compilation
+        library = {"runtime": "libruntime.a"}
+        options["TILEWISE_RUNTIME"] = _build(library, f"runtime-{sanitizer}", {}, force=force)
 
     def make(into: Path, log: Path) -> Path:
-        toolchain.compile_targets(list(files), folder, into, emulated, log)
+        places = {"CMAKE_ARCHIVE_OUTPUT_DIRECTORY": into}
+        toolchain.compile_targets(list(files), folder, into, options | places, log)
         for other in others:
             (into / other).replace(log.with_name(other))
         return into / last
