@@ -40,7 +40,7 @@ template <bool kBug>
 __global__ void uninitialised_part_of_a_struct(float* x) {
   TILEWISE_SHARED(held, Many[2]);
   if (threadIdx.x < 12) held[0].at[threadIdx.x] = 1.f;
-  if (!kBug || threadIdx.x < 11) held[1].at[threadIdx.x % 12] = 1.f;
+  if (threadIdx.x < (kBug ? 11 : 12)) held[1].at[threadIdx.x] = 1.f;
   __syncthreads();
   Many own = held[threadIdx.x % 2];  // found: uninitialised_part_of_a_struct
   x[threadIdx.x] += own.at[threadIdx.x % 11];
