@@ -1,13 +1,15 @@
 """The kernel report sees what it claims to see: seeded kernels beside clean ones."""
 
+import subprocess
 from dataclasses import replace
 
 import pytest
 import seeded_kernels
 
+from tilewise import toolchain
 from tilewise.verify import baseline, cuda_kernels, kernel_report
 from tilewise.verify.architectures import ARCHITECTURES, occupancy
-from tilewise.verify.disassembly import flops, hot_loop, parse
+from tilewise.verify.disassembly import disassemble, flops, hot_loop, parse, tool
 from tilewise.verify.kernel import Kernel
 from tilewise.verify.promises import broken, gone
 
@@ -254,6 +256,46 @@ def test_cuda_kernels_are_named(tmp_path):
     (kernel,) = cuda_kernels.compile_file((str(folder / "part.cu"), "sm_90"))
     assert (kernel.op, kernel.kernel, kernel.dtype) == ("some_op", "twice<8, bf16>", "bfloat16")
     assert kernel.warps == cuda_kernels.UNBOUNDED / 32
+
+
+LOOPS = """
+template <int kWidth> __global__ void twice(float* y, int n) {
+  for (int i = 0; i < n; ++i) y[i * kWidth] += y[i] / y[n];
+}
+void* use() { return (void*)((char*)twice<2> - (char*)twice<3>); }
+"""
+
+
+@needs_nvcc
+def test_code_that_is_read_together_is_read_as_it_is_alone(tmp_path):
+    source, cubin = tmp_path / "loops.cu", tmp_path / "loops.cubin"
+    source.write_text(LOOPS)
+    command = [str(toolchain.nvcc()), "-cubin", "-arch=sm_90a", str(source), "-o", str(cubin)]
+    subprocess.run(command, check=True)
+    alone = subprocess.run([tool("nvdisasm"), "-c", cubin], capture_output=True, text=True)
+    wanted = {code.kernel: code for code in parse(alone.stdout)}
+    assert len(wanted) == 2 and all(code.loops for code in wanted.values())
+    for codes in disassemble([cubin.read_bytes()] * 3, HOPPER):
+        assert {code.kernel for code in codes} == set(wanted)
+        for code in codes:
+            same = wanted[code.kernel]
+            assert list(code.loops) == list(same.loops)
+            assert [i.name for i in code.instructions] == [i.name for i in same.instructions]
+
+
+def test_of_kernels_compiled_together_the_one_that_kills_the_compiler_is_named(monkeypatch):
+    def spread(pool, function, groups):
+        for place, group in enumerate(groups):
+            dies = any(task.kernel == "fatal" for task in group)
+            yield place, None if dies else [task.failed("was compiled") for task in group]
+
+    monkeypatch.setattr(kernel_report, "spread", spread)
+    names = ["one", "fatal", "other"]
+    tasks = [kernel_report.Task("glu", "float32", "sm_90", {}, 0, n, {}, n) for n in names]
+    found = {kernel.kernel: kernel.error for _, kernel in kernel_report.report(None, tasks)}
+    assert found == {
+        "one": "was compiled", "fatal": "the compiler ended its process", "other": "was compiled",
+    }  # fmt: skip
 
 
 def test_a_compiler_that_dies_is_said_to_have():

@@ -6,6 +6,7 @@ for an architecture; docs/kernel_report.md says how to read what is printed, and
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +27,7 @@ from tilewise.op import FLOATS, INTERPRETED, OPS
 from tilewise.verify import baseline, cuda_kernels, launched, search_space
 from tilewise.verify.architectures import ARCHITECTURES
 from tilewise.verify.kernel import Kernel
-from tilewise.verify.kernel_report import Task, plan, processes, report, spread
+from tilewise.verify.kernel_report import Task, plan, processes, report
 from tilewise.verify.promises import broken, gone
 
 COLUMNS = ("op", "kernel", "arch", "dtype", "size", "regs", "spills", "shared", "blocks", "limit",
@@ -122,16 +123,14 @@ def compiled(
         print(f"CUDA C++ kernels are left out: needs {lacks}")
     files = cuda_kernels.tasks(asked, architectures)
     wanted = {str(dtype).removeprefix("torch.") for dtype in dtypes} | {""}
-    with processes() as pool:
+    # nvcc is a program of its own, and runs beside: few long tasks at the end would be waited for.
+    with processes() as pool, ThreadPoolExecutor(1) as beside:
+        compiling = beside.map(cuda_kernels.compile_file, files)
         tasks = plan(pool, ops, dtypes, architectures)
         rows = dict(with_progress(report(pool, tasks), "compiling", len(tasks)))
-        compiling = spread(pool, cuda_kernels.compile_file, files)
-        cuda = dict(with_progress(compiling, "nvcc", len(files)))
+        cuda = list(with_progress(compiling, "nvcc", len(files)))
     found = [rows[place] for place in range(len(tasks))]
-    for place, (file, architecture) in enumerate(files):
-        crashed = [Kernel(Path(file).stem, file, "cuda", architecture, "", error="nvcc crashed")]
-        found += [k for k in cuda[place] or crashed if k.dtype in wanted]
-    return found
+    return found + [k for each in cuda for k in each if k.dtype in wanted]
 
 
 def update(rows: Sequence[Kernel], whole: bool) -> None:

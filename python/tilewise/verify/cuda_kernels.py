@@ -75,7 +75,7 @@ def compile_file(task: CudaTask) -> list[Kernel]:
             said = (run.stderr.strip().splitlines() or ["nothing"])[0]
             return [Kernel(_word(file), file.name, "cuda", architecture.name, "", error=said)]
         ptx = "".join(kept.read_text() for kept in Path(folder).glob("*.ptx"))
-        codes = disassemble(cubin.read_bytes())
+        (codes,) = disassemble([cubin.read_bytes()], architecture)
     bounds = {name: int(most or UNBOUNDED) for name, most in _BOUND.findall(ptx)}
     said_of = {found[1]: found[0] for found in _ENTRY.finditer(run.stderr)}
     rows = []

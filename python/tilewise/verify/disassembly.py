@@ -8,6 +8,7 @@ instructions, whose tiles other blocks read too, the L2 cache.
 
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections import Counter
@@ -24,12 +25,15 @@ UNITS = ("tensor", "issue", "fp32", "special", "shared", "memory")
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 FP32 = {"FFMA", "FADD", "FMUL", "FFMA2", "FADD2", "FMUL2"}
 PADDING = 12  # instructions: a shorter inner loop only waits
+INSTRUCTION = 16  # bytes
 ROW_BYTES = 32  # of an operand's row that one matrix instruction reads from shared memory
 
 _LINE = re.compile(
     r"^\s*/\*[0-9a-f]{4,}\*/\s+"
     r"(?:@(?P<predicate>!?U?P\w+)\s+)?(?P<name>[A-Z][\w.]*)(?P<rest>[^;]*)"
 )
+_ADDRESS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/")
+_JUMP = re.compile(r"(\bBRA\b[^;]*?)\b0x([0-9a-f]+)(?=\s*;)")
 _LABEL = re.compile(r"^(\.L_\w+):")
 _KERNEL = re.compile(r"^\.text\.([\w$.]+):$", re.MULTILINE)
 _WARP_MATRIX = re.compile(r"^[HIQ]MMA\.(?:SP\.)?(16|8)(8)(\d{1,3})\b")
@@ -102,8 +106,11 @@ def tool(name: str) -> str | None:
     return None
 
 
-def disassemble(cubin: bytes) -> list[Code]:
-    """The kernels of a cubin.
+def disassemble(cubins: Sequence[bytes], architecture: Architecture) -> list[list[Code]]:
+    """The kernels of each cubin, all of one architecture.
+
+    The tool takes a third of a second to begin and hardly any time to read, but takes one file at
+    a time: so it gets the instructions alone, of all of them.
 
     Raises:
         RuntimeError: If there is no nvdisasm, or it cannot read this.
@@ -111,13 +118,51 @@ def disassemble(cubin: bytes) -> list[Code]:
     program = tool("nvdisasm")
     if program is None:
         raise RuntimeError("disassemble: nvdisasm must be on PATH or come with triton, got neither")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+    functions = [_functions(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(code for each in functions for _, code in each))
         file.flush()
-        run = subprocess.run([program, "-c", "-ndf", file.name], capture_output=True, text=True)
+        command = [program, "-b", f"SM{architecture.nvcc}", file.name]
+        run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
-        raise RuntimeError(f"disassemble: {program} must read the cubin, got {run.stderr.strip()}")
-    return parse(run.stdout)
+        raise RuntimeError(f"disassemble: {program} must read the code, got {run.stderr.strip()}")
+    lines = {int(found[1], 16): line for line in run.stdout.splitlines()
+             if (found := _ADDRESS.match(line))}  # fmt: skip
+    begin = 0
+    codes: list[list[Code]] = []
+    for each in functions:
+        codes.append([])
+        for name, code in each:
+            mine = [lines[at] for at in range(begin, begin + len(code), INSTRUCTION) if at in lines]
+            codes[-1].append(_code(name, _labelled(mine)))
+            begin += len(code)
+    return codes
+
+
+def _functions(cubin: bytes) -> list[tuple[str, bytes]]:
+    """The names of the kernels in a cubin, a 64-bit ELF file, and their instructions."""
+    (first,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    heads = [struct.unpack_from("<IIQQQQ", cubin, first + i * size) for i in range(count)]
+    found = []
+    for name, _, _, _, offset, length in heads:
+        start = heads[names][4] + name
+        word = cubin[start : cubin.index(b"\0", start)].decode()
+        if word.startswith(".text."):
+            found.append((word.removeprefix(".text."), cubin[offset : offset + length]))
+    return found
+
+
+def _labelled(lines: Sequence[str]) -> str:
+    """Instructions with labels in place of addresses, as `nvdisasm -c` prints them."""
+    targets = {found[2] for line in lines if (found := _JUMP.search(line))}
+    text = []
+    for line in lines:
+        found = _ADDRESS.match(line)
+        if found and (at := f"{int(found[1], 16):x}") in targets:
+            text.append(f".L_{at}:")
+        text.append(_JUMP.sub(r"\1`(.L_\2)", line))
+    return "\n".join(text)
 
 
 # --- What it says.

@@ -124,26 +124,48 @@ def with_occupancy(found: dict[str, Any], architecture: Architecture) -> dict[st
 
 def inspect(launch: Launch, architecture: Architecture, /, **about: Any) -> Kernel:
     """The row of a Triton kernel that was compiled; `about` is what else is known of it."""
-    compiled = launch.compiled
-    about |= {
+    (row,) = inspect_all([(launch, about)], architecture)
+    return row
+
+
+def inspect_all(
+    compiled: Sequence[tuple[Launch, dict[str, Any]]], architecture: Architecture
+) -> list[Kernel]:
+    """The rows of several kernels, whose machine code is then read at once."""
+    if architecture.backend == "hip":
+        return [_amd_row(launch, architecture, about) for launch, about in compiled]
+    codes = disassemble([launch.compiled.asm["cubin"] for launch, _ in compiled], architecture)
+    return [
+        _row(launch, architecture, about, code)
+        for (launch, about), (code,) in zip(compiled, codes, strict=True)
+    ]
+
+
+def _known(launch: Launch, architecture: Architecture) -> dict[str, Any]:
+    return {
         "kernel": launch.kernel,
         "backend": "triton",
         "architecture": architecture.name,
         "options": dict(launch.options),
     }
-    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    if architecture.backend == "hip":
-        text = compiled.asm["amdgcn"]
-        counted: dict[str, Any] = {
-            name: max(map(int, pattern.findall(text))) for name, pattern in _AMD.items()
-        }
-        mfma = text.count("v_mfma_")
-        counted |= {"shared": shared, "warps": warps, "matrix": {"mfma": mfma} if mfma else {}}
-        return Kernel(**about, **counted)
-    (code,) = disassemble(compiled.asm["cubin"])
-    found = measure(code, architecture, shared, warps)
+
+
+def _amd_row(launch: Launch, architecture: Architecture, about: dict[str, Any]) -> Kernel:
+    text, metadata = launch.compiled.asm["amdgcn"], launch.compiled.metadata
+    counted: dict[str, Any] = {
+        name: max(map(int, pattern.findall(text))) for name, pattern in _AMD.items()
+    }
+    mfma = text.count("v_mfma_")
+    counted |= {"shared": metadata.shared, "warps": metadata.num_warps}
+    counted["matrix"] = {"mfma": mfma} if mfma else {}
+    return Kernel(**about, **_known(launch, architecture), **counted)
+
+
+def _row(launch: Launch, architecture: Architecture, about: dict[str, Any], code: Code) -> Kernel:
+    metadata = launch.compiled.metadata
+    found = measure(code, architecture, metadata.shared, metadata.num_warps)
     registers = _REGISTERS.search(launch.log)
     assert registers, launch.log
     found["registers"] = int(registers[1])
     found["warnings"] = sorted(set(SERIALISED.findall(launch.log)))
-    return Kernel(**about, **with_occupancy(found, architecture))
+    return Kernel(**about, **_known(launch, architecture), **with_occupancy(found, architecture))

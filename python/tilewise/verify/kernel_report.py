@@ -33,9 +33,10 @@ from tilewise.verify.ahead_of_time import (
     sizes_to_launch,
 )
 from tilewise.verify.architectures import ARCHITECTURES
-from tilewise.verify.kernel import Kernel, inspect
+from tilewise.verify.kernel import Kernel, inspect, inspect_all
 
 PROCESSES = 2
+TOGETHER = 6  # kernels of which one process reads the machine code at once
 KEPT_SECONDS = 30 * 24 * 3600  # unused, in the cache
 
 Item = TypeVar("Item")
@@ -187,24 +188,58 @@ def report(pool: Executor, tasks: Sequence[Task]) -> Iterator[tuple[int, Kernel]
             yield place, kernel
         else:
             missing.append(place)
-    missing.sort(key=lambda place: tasks[place].op != "attention")  # the longest first
-    for i, row in spread(pool, _compile, [tasks[place] for place in missing]):
-        task = tasks[missing[i]]
-        kernel = row or task.failed("the compiler ended its process")
-        if not kernel.error:
-            _keep(folder / f"{task.identity}.json", kernel)
-        yield missing[i], kernel
+    groups = _groups(tasks, missing)
+    alone = []
+    for i, rows in spread(pool, _compile, [[tasks[place] for place in group] for group in groups]):
+        if rows is None and len(groups[i]) > 1:
+            alone += groups[i]  # to see whose fault it was
+            continue
+        failed = [tasks[place].failed("the compiler ended its process") for place in groups[i]]
+        for place, kernel in zip(groups[i], rows or failed, strict=True):
+            if not kernel.error:
+                _keep(folder / f"{tasks[place].identity}.json", kernel)
+            yield place, kernel
+    for place in alone:
+        with processes(1) as other:
+            yield from ((place, kernel) for _, kernel in report(other, [tasks[place]]))
 
 
-def _compile(task: Task) -> Kernel:
-    wanted = {task.place}.__contains__
-    instead = {task.kernel: task.instead} if task.instead else None
-    try:
-        launches = _launches(task.op, task.dtype, task.size, task.architecture, wanted, instead)
+def _groups(tasks: Sequence[Task], places: Sequence[int]) -> list[list[int]]:
+    """Places of tasks whose machine code is read together; those that take longest first."""
+    found: dict[tuple[bool, str], list[int]] = {}
+    for place in places:
+        task = tasks[place]
+        found.setdefault((task.op != "attention", task.architecture), []).append(place)
+    return [
+        of_one[i : i + TOGETHER]
+        for _, of_one in sorted(found.items())
+        for i in range(0, len(of_one), TOGETHER)
+    ]
+
+
+def _compile(tasks: Sequence[Task]) -> list[Kernel]:
+    """The rows of tasks for one architecture."""
+    made: dict[int, tuple[Launch, dict[str, Any]]] = {}
+    rows: dict[int, Kernel] = {}
+    for i, task in enumerate(tasks):
+        instead = {task.kernel: task.instead} if task.instead else None
         about = {"op": task.op, "dtype": task.dtype, "size": dict(task.size), "launch": task.place}
-        return inspect(launches[task.place], ARCHITECTURES[task.architecture], **about)
-    except Exception as error:  # of many kinds, from a compiler
-        return task.failed(f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
+        wanted = {task.place}.__contains__
+        try:
+            launches = _launches(task.op, task.dtype, task.size, task.architecture, wanted, instead)
+            made[i] = launches[task.place], about
+        except Exception as error:  # of many kinds, from a compiler
+            rows[i] = task.failed(_sentence(error))
+    try:
+        read = inspect_all(list(made.values()), ARCHITECTURES[tasks[0].architecture])
+        rows |= dict(zip(made, read, strict=True))
+    except Exception as error:
+        rows |= {i: tasks[i].failed(_sentence(error)) for i in made}
+    return [rows[i] for i in range(len(tasks))]
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
 
 
 @cache
