@@ -11,8 +11,6 @@ survived that `equivalent_mutants.txt` does not explain.
 import argparse
 import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -23,20 +21,11 @@ from pathlib import Path
 from queue import Queue
 
 from mutations import Mutation, draw
+from trials import PASSED, ROOT, STILLBORN, Outcome, copy_tree, run_tests
 
-ROOT = Path(__file__).resolve().parents[1]
 EQUIVALENT = Path(__file__).parent / "equivalent_mutants.txt"
 ROOMS = {"kernels/triton": ".py", "kernels/numba": ".py", "csrc/cuda": ".cu"}
 NOT_KERNELS = {"__init__", "_parallel"}
-LIMIT = 600  # seconds for the tests of one mutant: more is a hang
-# What a compiler refuses was never a kernel: it is counted apart.
-REFUSED = re.compile(r"numba\.core\.errors\.|build: \S+ must compile")
-STILLBORN = "does not compile"
-MODES = {
-    "triton": {"TRITON_INTERPRET": "1"},
-    "numba": {"TRITON_INTERPRET": "0"},
-    "cuda": {"TRITON_INTERPRET": "0", "TILEWISE_EMULATE": "1"},
-}
 
 
 @dataclass(frozen=True)
@@ -73,6 +62,12 @@ def kernels() -> list[Kernel]:
     return found
 
 
+def together(chosen: list[Kernel], backend: str) -> Kernel:
+    """One that has the tests of all of `chosen` on this backend."""
+    same = [kernel for kernel in chosen if kernel.backend == backend]
+    return Kernel(same[0].path, backend, tuple(sorted({op for k in same for op in k.ops})))
+
+
 def explained() -> dict[str, str]:
     """Mutations that change no result, each with the reason: `reason` lines, then theirs."""
     reasons: dict[str, str] = {}
@@ -90,70 +85,41 @@ def unnumbered(mutation: Mutation) -> str:
     return str(mutation).replace(f":{mutation.line}:", ":", 1)
 
 
-def copy_tree(folder: Path) -> Path:
-    """A copy of what is under version control, importable without installing."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    for room in ("triton", "cuda", "numba"):
-        (folder / "python/tilewise/kernels" / room).symlink_to(folder / "kernels" / room)
-    return folder
-
-
-def run_tests(kernel: Kernel, tree: Path) -> str:
-    """ "passed", or how the tests noticed."""
-    with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | MODES[kernel.backend] | {
-            "PYTHONPATH": str(tree / "python"), "NUMBA_CACHE_DIR": cache, "TILEWISE_CACHE": cache,
-            "OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": "1",
-        }  # fmt: skip
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-        try:
-            run = subprocess.run(
-                [*command, *kernel.tests], cwd=tree, env=environment, timeout=LIMIT,
-                capture_output=True, text=True,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return "hangs"
-    if run.returncode == 0:
-        return "passed"
-    if run.returncode == 1 and REFUSED.search(run.stdout):
-        return STILLBORN
-    if run.returncode == 1:
-        failed = re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py::\S+)", run.stdout, re.MULTILINE)
-        return failed.group(1) if failed else "fails"
-    if run.returncode < 0 or run.returncode > 128:
-        return "crashes"
-    raise RuntimeError(f"{kernel.path}: pytest ended with {run.returncode}\n{run.stdout[-2000:]}")
-
-
 def trials(chosen: list[Kernel], count: int, seed: int, jobs: int) -> Iterator[tuple]:
-    """(mutation, how it was noticed) of each; before a kernel's, (kernel, outcome) unbroken."""
+    """(mutation, how it was noticed) of each, once all tests have passed with nothing broken."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         trees: Queue[Path] = Queue()
         for i in range(jobs):
             trees.put(copy_tree(Path(folder) / str(i)))
+        seconds: dict[str, float] = {}
 
-        def try_one(kernel: Kernel, mutation: Mutation | None) -> tuple:
+        def try_one(kernel: Kernel, mutation: Mutation | None = None) -> Outcome:
             tree = trees.get()
             file, source = tree / kernel.path, (ROOT / kernel.path).read_text("utf-8")
+            objects = Path(f"{tree}-objects") if kernel.backend == "cuda" else None
             try:
                 if mutation is not None:
                     file.write_text(mutation.apply(source), "utf-8")
-                return mutation or kernel, run_tests(kernel, tree)
+                return run_tests(tree, kernel.tests, seconds, objects)
             finally:
-                file.write_text(source, "utf-8")
+                if mutation is not None:
+                    file.write_text(source, "utf-8")
                 trees.put(tree)
 
+        whole = [together(chosen, backend) for backend in sorted({k.backend for k in chosen})]
+        for kernel, outcome in zip(whole, pool.map(try_one, whole), strict=True):
+            if outcome.noticed != PASSED:
+                raise SystemExit(f"{kernel.backend}: must pass unbroken, got {outcome.noticed}")
+            seconds |= outcome.seconds
+            print(f"unbroken: {kernel.backend}, {sum(outcome.seconds.values()):.0f} s", flush=True)
         work = [
             (kernel, mutation)
             for kernel in chosen
-            for mutation in (None, *draw(ROOT / kernel.path, kernel.path, count, seed))
+            for mutation in draw(ROOT / kernel.path, kernel.path, count, seed)
         ]
-        yield from pool.map(try_one, *zip(*work, strict=True))
+        outcomes = pool.map(try_one, *zip(*work, strict=True))
+        for (_, mutation), outcome in zip(work, outcomes, strict=True):
+            yield mutation, outcome.noticed
 
 
 def main() -> int:
@@ -170,11 +136,7 @@ def main() -> int:
 
     reasons, tally, survivors = explained(), Counter(), []
     for broken, noticed in trials(chosen, arguments.count, arguments.seed, arguments.jobs):
-        if isinstance(broken, Kernel):
-            if noticed != "passed":
-                raise SystemExit(f"{broken.path}: its tests must pass unbroken, got {noticed}")
-            continue
-        verdict = {"passed": "survived", STILLBORN: "stillborn"}.get(noticed, "caught")
+        verdict = {PASSED: "survived", STILLBORN: "stillborn"}.get(noticed, "caught")
         if verdict == "survived" and unnumbered(broken) in reasons:
             verdict, noticed = "equivalent", reasons[unnumbered(broken)]
         elif verdict == "survived":
