@@ -38,12 +38,19 @@ class Kernel:
 
     @property
     def tests(self) -> list[str]:
-        """What pytest is asked to run: the cases of these ops on this backend."""
-        named = [f"tests/properties/test_{op}.py" for op in self.ops]
-        files = [file for file in named if (ROOT / file).is_file()]
+        """What pytest is asked to run: the cases of these ops on this backend, and their like."""
+        files = [f"tests/properties/test_{op}.py" for op in self.ops]
+        files = [file for file in files if (ROOT / file).is_file()] + direct_tests(self.path)
         wanted = [f"{op}-{self.backend}" for op in self.ops]
         wanted += [f"({Path(file).name} and {self.backend})" for file in files]
         return ["tests/test_ops.py", *files, "-k", " or ".join(wanted)]
+
+
+def direct_tests(path: str) -> list[str]:
+    """The test files that import the kernel file at `path`."""
+    module = path.removesuffix(".py").replace("/", ".")
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [f"tests/{p.name}" for p in files if f"tilewise.{module} import" in p.read_text("utf-8")]
 
 
 def kernels() -> list[Kernel]:
@@ -60,12 +67,6 @@ def kernels() -> list[Kernel]:
                 backend = Path(room).name
                 found.append(Kernel(str(path.relative_to(ROOT)), backend, names))
     return found
-
-
-def together(chosen: list[Kernel], backend: str) -> Kernel:
-    """One that has the tests of all of `chosen` on this backend."""
-    same = [kernel for kernel in chosen if kernel.backend == backend]
-    return Kernel(same[0].path, backend, tuple(sorted({op for k in same for op in k.ops})))
 
 
 def explained() -> dict[str, str]:
@@ -106,12 +107,11 @@ def trials(chosen: list[Kernel], count: int, seed: int, jobs: int) -> Iterator[t
                     file.write_text(source, "utf-8")
                 trees.put(tree)
 
-        whole = [together(chosen, backend) for backend in sorted({k.backend for k in chosen})]
-        for kernel, outcome in zip(whole, pool.map(try_one, whole), strict=True):
+        unlike = list({tuple(kernel.tests): kernel for kernel in chosen}.values())
+        for kernel, outcome in zip(unlike, pool.map(try_one, unlike), strict=True):
             if outcome.noticed != PASSED:
-                raise SystemExit(f"{kernel.backend}: must pass unbroken, got {outcome.noticed}")
+                raise SystemExit(f"{kernel.path}: must pass unbroken, got {outcome.noticed}")
             seconds |= outcome.seconds
-            print(f"unbroken: {kernel.backend}, {sum(outcome.seconds.values()):.0f} s", flush=True)
         work = [
             (kernel, mutation)
             for kernel in chosen

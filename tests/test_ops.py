@@ -62,25 +62,35 @@ def test_same_input_same_bits(op, backend, dtype, size):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def strided(t):
-    return torch.stack([t, t], -1)[..., 0]
+# The rows of no two operands lie equally far apart, so that a kernel must not mix up their strides.
 
 
-def sliced(t):
-    return torch.cat([t, t], -1)[..., : t.shape[-1]]
+def strided(t, place):
+    return torch.stack([t] * (place + 2), -1)[..., 0]
 
 
-def misaligned(t):
-    return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+def sliced(t, place):
+    return torch.cat([t] * (place + 2), -1)[..., : t.shape[-1]]
 
 
-@pytest.mark.parametrize("layout", [strided, sliced, misaligned])
-@pytest.mark.parametrize("op, backend", BACKENDS)
-def test_any_layout(op, backend, layout):
-    call, _, tensors = case_or_skip(op, backend)
+def misaligned(t, place):
+    return torch.cat([t.flatten()[:1]] * (place + 1) + [t.flatten()])[place + 1 :].view(t.shape)
+
+
+LAYOUTS = [
+    pytest.param(*p.values, size, layout, id=f"{label(*p.values, '', size)}-{layout.__name__}")
+    for p in BACKENDS
+    for number, size in enumerate(p.values[0].sizes)
+    for layout in ((strided, sliced, misaligned) if number == 0 else (sliced,))
+]
+
+
+@pytest.mark.parametrize("op, backend, size, layout", LAYOUTS)
+def test_any_layout(op, backend, size, layout):
+    call, _, tensors = case_or_skip(op, backend, torch.float32, size)
     straight, bent = leaves(op, tensors), leaves(op, tensors)
     expected = as_list(call(*straight))
-    got = as_list(call(*[t if t is None else layout(t) for t in bent]))
+    got = as_list(call(*[t if t is None else layout(t, i) for i, t in enumerate(bent)]))
     torch.testing.assert_close(got, expected)
     floating = [i for i, out in enumerate(got) if out.requires_grad]
     if floating:
@@ -90,7 +100,7 @@ def test_any_layout(op, backend, layout):
             torch.autograd.grad(
                 [got[i] for i in floating],
                 [bent[i] for i in wanted],
-                [layout(c) if c.ndim else c for c in cotangents],
+                [layout(c, len(bent) + i) if c.ndim else c for i, c in enumerate(cotangents)],
             ),
             torch.autograd.grad(
                 [expected[i] for i in floating], [straight[i] for i in wanted], cotangents

@@ -125,7 +125,8 @@ def test_triton(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(TRITON)
     interpret = "0" if torch.cuda.is_available() else "1"
-    environment = os.environ | {"TRITON_INTERPRET": interpret, "PYTHONPATH": str(ROOT / "tests")}
+    places = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"TRITON_INTERPRET": interpret, "PYTHONPATH": places}
     run = subprocess.run(
         [sys.executable, script], env=environment, capture_output=True, text=True, timeout=300
     )

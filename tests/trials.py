@@ -31,6 +31,7 @@ IMPORTED = ["torch", "numba", "triton", "pytest", "scipy.stats", "torch.testing"
 # They ask what PyTorch makes of an op, with numbers that other tests look at.
 LEFT_OUT = {"test_registered_properly", "test_compiled_graphs_contain_our_ops",
             "test_compiled_by_inductor", "test_gradcheck"}  # fmt: skip
+QUICKLY = ["-x", "-q", "--tb=short", "-p", "no:unraisableexception", "-o", "addopts="]
 FIRST = "test_matches_reference"  # it sees the most
 LIMIT = 600  # seconds for a test of which nothing is known
 SLACK = 30  # seconds beside ten times what it took unbroken: more is a hang
@@ -152,7 +153,7 @@ def _run_here(sender: Connection, tree: Path, tests, seconds, objects, cache: Pa
             sender.send(Outcome(STILLBORN))
             return
     watch = _Watch(seconds)
-    status = pytest.main(["-x", "-q", "-o", "addopts=", *tests], plugins=[watch])
+    status = pytest.main([*QUICKLY, *tests], plugins=[watch])
     sender.send(_outcome(status, watch))
 
 
