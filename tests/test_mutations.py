@@ -1,10 +1,14 @@
 """The breaker of kernels: the same breaks for a seed, one place each, of every kind."""
 
 import ast
+from types import SimpleNamespace
 
 import mutants
 import pytest
+import trials
 from mutations import Mutation, draw, of_cuda, of_python
+
+from tilewise.op import OPS
 
 KERNEL = '''
 def kernel(y_ptr, x_ptr, y_stride, x_stride, cols):
@@ -97,6 +101,68 @@ def test_every_kernel_is_broken():
     assert found["csrc/cuda/rms_norm.cu"].tests[0] == "tests/test_ops.py"
     for kernel in found.values():
         assert len(draw(mutants.ROOT / kernel.path, kernel.path, 10, 0)) >= 5, kernel
+
+
+def test_a_kernel_that_tests_import_is_tried_by_them():
+    found = {kernel.path: kernel for kernel in mutants.kernels()}
+    assert "tests/test_rng.py" in found["kernels/triton/_philox.py"].tests
+    assert "tests/test_rng.py" not in found["kernels/triton/sample.py"].tests
+
+
+ENDS = {
+    trials.PASSED: "pass",
+    "test_it.py::test_it": "assert False",
+    trials.STILLBORN: "raise numba.core.errors.TypingError('no such function')",
+    trials.CRASHES: "os.abort()",
+    trials.HANGS: "while True: pass",
+}
+ONE_SECOND = -(trials.SLACK - 1) / 10  # for what takes so long, it is the limit
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name, value in trials.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_how_a_trial_ends(end, environment, tmp_path):
+    """In one process after the other, forked from the same: what it was before does not matter."""
+    (tmp_path / "test_it.py").write_text(f"import os, numba\ndef test_it():\n    {ENDS[end]}\n")
+    seconds = {"test_it.py::test_it": ONE_SECOND}
+    outcome = trials.run_tests(tmp_path, ["test_it.py"], seconds)
+    assert outcome.noticed == end
+    assert set(outcome.seconds) <= set(seconds)
+
+
+def test_a_file_that_cannot_be_imported_is_noticed(environment, tmp_path):
+    (tmp_path / "test_it.py").write_text("import no_such_module\n")
+    assert trials.run_tests(tmp_path, ["test_it.py"], {}).noticed == "test_it.py"
+
+
+def test_no_tests_are_no_verdict(environment, tmp_path):
+    (tmp_path / "test_it.py").write_text("")
+    with pytest.raises(RuntimeError, match=r"a trial ended with 1, see .*\.log"):
+        trials.run_tests(tmp_path, ["test_it.py"], {})
+
+
+def test_the_most_telling_test_comes_first():
+    softmax = OPS["softmax"]
+
+    def item(name, dtype, size):
+        params = {"op": softmax, "dtype": dtype, "size": softmax.sizes[size]}
+        return SimpleNamespace(originalname=name, callspec=SimpleNamespace(params=params))
+
+    wanted = [
+        item("test_matches_reference", "torch.float32", 0),
+        item("test_matches_reference", "torch.float32", 2),
+        item("test_matches_reference", "torch.bfloat16", 0),
+        SimpleNamespace(originalname="test_without_parameters"),
+        item("test_same_input_same_bits", "torch.float32", 1),
+    ]
+    items = [*reversed(wanted), item("test_compiled_by_inductor", "torch.float32", 0)]
+    trials._Watch({}).pytest_collection_modifyitems(items)
+    assert [vars(i) for i in items] == [vars(i) for i in wanted]
 
 
 def test_an_explanation_outlives_a_new_line_number(tmp_path, monkeypatch):

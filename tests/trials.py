@@ -117,6 +117,10 @@ class _Watch:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = sorted((i for i in items if i.originalname not in LEFT_OUT), key=_rank)
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.failed = report.nodeid, report.longreprtext
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         before = self.before.get(nodeid)
         signal.alarm(LIMIT if before is None else int(10 * before) + SLACK)
@@ -130,7 +134,7 @@ class _Watch:
 def _rank(item: pytest.Item) -> tuple:
     """The values first; of one dtype all sizes, for Numba compiles for each dtype anew."""
     given = item.callspec.params if hasattr(item, "callspec") else {}
-    size, dtype = given.get("size"), str(given.get("dtype"))
+    size, dtype = given.get("size"), str(given.get("dtype", "float32"))
     sizes = given["op"].sizes if size is not None else []
     narrow = "float32" not in dtype
     return item.originalname != FIRST, narrow, dtype, sizes.index(size) if sizes else 0
@@ -174,7 +178,7 @@ def _compile(tree: Path, objects: Path) -> None:
 def _outcome(status: int, watch: _Watch) -> Outcome:
     if status == pytest.ExitCode.OK:
         return Outcome(PASSED, watch.seconds)
-    if watch.failed is None or status != pytest.ExitCode.TESTS_FAILED:
+    if watch.failed is None:
         raise RuntimeError(f"pytest ended with {status}")
     name, text = watch.failed
     return Outcome(STILLBORN if REFUSED.search(text) else name.rpartition("/")[2], watch.seconds)
