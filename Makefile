@@ -27,6 +27,7 @@ test: $(READY)-test native
 check: $(READY)-test lint
 	if command -v nvcc >/dev/null; then $(BIN)/tilewise build --only-cuda; fi
 	$(PYTEST)
+	$(MAKE) mutants
 
 mutants: $(READY)-test
 	$(BIN)/python tests/mutants.py $(KERNELS)

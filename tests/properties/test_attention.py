@@ -1,6 +1,8 @@
 """What equality with the reference cannot say: symmetries, layouts, poison, refusals."""
 
 import math
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from tilewise.choice import refusal
 from tilewise.ops.attention import ATTENTION, attention_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# log2(e) to 45 digits
+LOG2_E = Decimal("1.44269504088896340735992468100189213742664595")
 EVERY = pytest.mark.parametrize("backend", [*ATTENTION.backends, "reference"])
 
 
@@ -245,3 +249,17 @@ def test_triton_refuses_wide_heads():
         pytest.skip("triton: neither interpreted nor on a GPU")
     with pytest.raises(NotImplementedError, match="takes heads up to 256 wide, got 257"):
         attention(q, q, q, backend="triton")
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("scale", [0.125, 88**-0.5, 0.7, 1.0, 3.3, -0.3])
+def test_numba_scales_by_two_parts_that_are_twice_as_exact(scale, double):
+    """High scores are scaled by both: an error of one rounding would count score times."""
+    from tilewise.kernels.numba._online_softmax import scaling
+
+    sign, size, (main, rest) = scaling(scale, double)
+    exact = Fraction(size) * Fraction(LOG2_E)
+    eps = torch.finfo(torch.float64 if double else torch.float32).eps
+    assert sign * size == scale
+    assert main > 0 and rest > 0
+    assert abs(Fraction(main) + Fraction(rest) - exact) <= Fraction(eps) ** 2 * exact

@@ -1,0 +1,43 @@
+"""How the Numba kernels share out work: elements in chunks, scratch on cache lines of its own."""
+
+import pytest
+import torch
+
+from tilewise.kernels.numba._elements import CHUNK, chunks
+from tilewise.kernels.numba._shared import CACHE_LINE, partial_sums, thread_scratch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cols", [1, 16, 17, 100])
+def test_partial_sums_lie_on_cache_lines_of_their_own(dtype, cols):
+    sums = partial_sums(torch.empty(2, 5, cols), 3, dtype)
+    width = sums.shape[1]
+    assert sums.dtype == dtype and len(sums) == 3 and not sums.any()
+    assert width * dtype.itemsize % CACHE_LINE == 0
+    assert cols <= width < cols + CACHE_LINE // dtype.itemsize
+
+
+@pytest.mark.parametrize("elements", [1, 64, 65, 1000])
+def test_scratch_of_threads_lies_on_cache_lines_of_their_own(elements):
+    counter, scratch, size = thread_scratch(torch.empty(3), elements)
+    assert counter.dtype == torch.int64 and counter.tolist() == [0]
+    assert elements <= size < elements + CACHE_LINE and size * 4 % CACHE_LINE == 0
+    assert scratch.dtype == torch.float32 and scratch.shape == (torch.get_num_threads() * size,)
+
+
+def test_elements_without_gaps_are_one_row():
+    assert chunks(torch.empty(6, 8)) == (1, 1, 48, CHUNK // 48, 48)
+    assert chunks(torch.empty(6, CHUNK)) == (6, 1, 6 * CHUNK, 1, CHUNK)
+    assert chunks(torch.empty(1, 8)[:, :5]) == (1, 1, 5, CHUNK // 5, 5)
+
+
+@pytest.mark.parametrize("tensors", [1, 2])
+def test_elements_with_gaps_are_chunks_of_rows(tensors):
+    def cut(*size):
+        return chunks(
+            *(torch.empty(size) for _ in range(tensors - 1)), torch.empty(*size, 2)[..., 0]
+        )
+
+    assert cut(6, 1) == (1, 6, 1, CHUNK, 1)
+    assert cut(300, 100) == (8, 300, 100, 40, 100)
+    assert cut(3, CHUNK + 1) == (6, 3, CHUNK + 1, 1, CHUNK)
