@@ -62,7 +62,12 @@ def test_same_input_same_bits(op, backend, dtype, size):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-# The rows of no two operands lie equally far apart, so that a kernel must not mix up their strides.
+# How an operand may lie in memory. The rows of no two lie equally far apart, so that a kernel must
+# not mix up their strides.
+
+
+def straight(t, place):
+    return t
 
 
 def strided(t, place):
@@ -70,42 +75,56 @@ def strided(t, place):
 
 
 def sliced(t, place):
-    return torch.cat([t] * (place + 2), -1)[..., : t.shape[-1]]
+    return torch.nn.functional.pad(t, (0, 8 * (place + 1)))[..., : t.shape[-1]]
 
 
 def misaligned(t, place):
     return torch.cat([t.flatten()[:1]] * (place + 1) + [t.flatten()])[place + 1 :].view(t.shape)
 
 
+def ragged(t, place):
+    return torch.nn.functional.pad(t, (0, 1))[..., : t.shape[-1]]
+
+
+def laid_out(op, call, tensors, layout):
+    """Outputs and gradients where each operand and what comes back is laid out by its place."""
+    inputs = leaves(op, tensors)
+    outs = as_list(call(*[t if t is None else layout(t, i) for i, t in enumerate(inputs)]))
+    floating = [out for out in outs if out.requires_grad]
+    if not floating:
+        return outs
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(out.shape, generator=generator).to(out) for out in floating]
+    cotangents = [layout(c, len(inputs) + i) if c.ndim else c for i, c in enumerate(cotangents)]
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    return [*outs, *torch.autograd.grad(floating, wanted, cotangents)]
+
+
 LAYOUTS = [
     pytest.param(*p.values, size, layout, id=f"{label(*p.values, '', size)}-{layout.__name__}")
     for p in BACKENDS
     for number, size in enumerate(p.values[0].sizes)
-    for layout in ((strided, sliced, misaligned) if number == 0 else (sliced,))
+    for layout in ((strided, sliced, misaligned, ragged) if number == 0 else (sliced,))
 ]
 
 
 @pytest.mark.parametrize("op, backend, size, layout", LAYOUTS)
 def test_any_layout(op, backend, size, layout):
     call, _, tensors = case_or_skip(op, backend, torch.float32, size)
-    straight, bent = leaves(op, tensors), leaves(op, tensors)
-    expected = as_list(call(*straight))
-    got = as_list(call(*[t if t is None else layout(t, i) for i, t in enumerate(bent)]))
-    torch.testing.assert_close(got, expected)
-    floating = [i for i, out in enumerate(got) if out.requires_grad]
-    if floating:
-        cotangents = [expected[i].detach() for i in floating]
-        wanted = [i for i, t in enumerate(straight) if t is not None and t.requires_grad]
-        torch.testing.assert_close(
-            torch.autograd.grad(
-                [got[i] for i in floating],
-                [bent[i] for i in wanted],
-                [layout(c, len(bent) + i) if c.ndim else c for i, c in enumerate(cotangents)],
-            ),
-            torch.autograd.grad(
-                [expected[i] for i in floating], [straight[i] for i in wanted], cotangents
-            ),
-        )
+    torch.testing.assert_close(
+        laid_out(op, call, tensors, layout), laid_out(op, call, tensors, straight)
+    )
+
+
+@pytest.mark.parametrize("layout", [misaligned, ragged])
+@pytest.mark.parametrize("op, backend", BACKENDS)
+def test_any_layout_of_one_operand(op, backend, layout):
+    """Vectors are for operands that can all be read by them: each may be the one that cannot."""
+    call, _, tensors = case_or_skip(op, backend)
+    expected = laid_out(op, call, tensors, straight)
+    for bent in range(len(tensors) + len(expected)):
+        got = laid_out(op, call, tensors, lambda t, i, bent=bent: layout(t, i) if i == bent else t)
+        torch.testing.assert_close(got, expected)
 
 
 def ops_called(run):
