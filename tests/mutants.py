@@ -82,8 +82,8 @@ def explained() -> dict[str, str]:
 
 
 def unnumbered(mutation: Mutation) -> str:
-    """Its text without the line, which moves."""
-    return str(mutation).replace(f":{mutation.line}:", ":", 1)
+    """Its text, with what the line says instead of its number, which moves."""
+    return str(mutation).replace(f":{mutation.line}:", ":", 1) + f"   in: {mutation.within}"
 
 
 def trials(chosen: list[Kernel], count: int, seed: int, jobs: int) -> Iterator[tuple]:
@@ -148,7 +148,7 @@ def main() -> int:
     apart = f"{tally['equivalent']} equivalent, {tally['stillborn']} stillborn"
     print(f"caught {tally['caught']} of {relevant} ({share:.1%}), {apart}")
     for mutation in survivors:
-        print(f"survived: {mutation}")
+        print(f"survived: {unnumbered(mutation)}")
     return 1 if survivors else 0
 
 

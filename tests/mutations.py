@@ -22,6 +22,7 @@ class Mutation:
     end: int
     before: str
     after: str
+    within: str = ""  # the line's text, for there may be several such changes
 
     def __str__(self) -> str:
         before, after = (" ".join(text.split()) for text in (self.before, self.after))
@@ -74,7 +75,8 @@ def of_python(source: str, name: str) -> Iterator[Mutation]:
 
     def change(node: ast.AST, kind: str, after: str) -> Mutation:
         start, end = span(node)
-        return Mutation(name, node.lineno, kind, start, end, source[start:end], after)
+        within = source.splitlines()[node.lineno - 1].strip()
+        return Mutation(name, node.lineno, kind, start, end, source[start:end], after, within)
 
     def text(node: ast.AST) -> str:
         start, end = span(node)
@@ -180,7 +182,8 @@ def of_cuda(source: str, name: str) -> Iterator[Mutation]:
     def change(node, kind: str, after: str) -> Mutation:
         start, end = node.start_byte, node.end_byte
         line = node.start_point[0] + 1
-        return Mutation(name, line, kind, start, end, source[start:end], after)
+        within = source.splitlines()[line - 1].strip()
+        return Mutation(name, line, kind, start, end, source[start:end], after, within)
 
     def text(node) -> str:
         return source[node.start_byte : node.end_byte]

@@ -1,6 +1,7 @@
 """The breaker of kernels: the same breaks for a seed, one place each, of every kind."""
 
 import ast
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mutants
@@ -167,7 +168,15 @@ def test_the_most_telling_test_comes_first():
 
 def test_an_explanation_outlives_a_new_line_number(tmp_path, monkeypatch):
     file = tmp_path / "equivalent.txt"
-    file.write_text("# only a threshold\na.py: constant: 1 -> 2\n")
+    file.write_text("# only a threshold\na.py: constant: 1 -> 2   in: x + 1\n")
     monkeypatch.setattr(mutants, "EQUIVALENT", file)
-    mutation = Mutation("a.py", 77, "constant", 0, 1, "1", "2")
+    mutation = Mutation("a.py", 77, "constant", 0, 1, "1", "2", "x + 1")
     assert mutants.explained()[mutants.unnumbered(mutation)] == "only a threshold"
+    elsewhere = replace(mutation, within="y + 1")
+    assert mutants.unnumbered(elsewhere) not in mutants.explained()
+
+
+def test_what_is_explained_has_a_reason_and_a_kernel():
+    paths = {kernel.path for kernel in mutants.kernels()}
+    for text, reason in mutants.explained().items():
+        assert reason and text.partition(":")[0] in paths and "   in: " in text
