@@ -51,6 +51,22 @@ def test_memory_is_written_by_kernels_and_read_by_the_next(dtype):
     assert found_by(run) == [("uninitialised", "x_ptr", (32,))]
 
 
+@triton.jit
+def copy_all(y_ptr, x_ptr, n, OTHER: tl.constexpr, N: tl.constexpr):
+    col = tl.arange(0, N)
+    tl.store(y_ptr + col, tl.load(x_ptr + col, mask=col < n, other=OTHER))
+
+
+@pytest.mark.parametrize("other", [None, 0])
+@pytest.mark.parametrize("dtype", WORDS)
+def test_what_a_mask_leaves_out_is_undefined_without_other(dtype, other):
+    x, y = torch.ones(64).to(dtype), torch.zeros(64).to(dtype)
+    copy_all[(1,)](y, x, 20, other, 64)
+    assert torch.equal(y[:20], x[:20])
+    undefined = y[20:].isnan() if dtype.is_floating_point else y[20:] == -1
+    assert bool(undefined.all()) == (other is None)
+
+
 WRITES = {
     "fill_": lambda t: t.fill_(0),
     "copy_": lambda t: t.copy_(torch.zeros(64).to(t.dtype)),

@@ -62,6 +62,18 @@ def test_causal_is_the_mask_aligned_at_the_last_query(backend, seq_q, seq_k):
 
 
 @EVERY
+@pytest.mark.parametrize("first", [1, 17, 32])
+def test_queries_do_not_see_each_other(backend, first):
+    """Blocks of queries with one left over, however they are cut."""
+    q, k, v = inputs(65, 9, batch=1, heads=1)
+    parts = [with_gradients(backend, part, k, v) for part in (q[:, :, :first], q[:, :, first:])]
+    whole = with_gradients(backend, q, k, v)[0]
+    near([torch.cat([out for out, *_ in parts], 2)], [whole])
+    expected = with_gradients("reference", q[:, :, :first], k, v)
+    near(parts[0], expected)
+
+
+@EVERY
 def test_the_order_of_keys_does_not_matter(backend):
     q, k, v = inputs(5, 37)
     mask = torch.rand(5, 37, device=DEVICE) < 0.7

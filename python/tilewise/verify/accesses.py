@@ -31,6 +31,13 @@ def _same_shape(mask: Any, pointers: Any) -> Any:
     return data if data.shape == pointers.data.shape else np.broadcast_to(data, pointers.data.shape)
 
 
+def _undefined(pointers: Any, lanes: Any) -> Any:
+    """What a load without `other` gives where the mask is False: here NaN, of integers -1."""
+    data = np.zeros(pointers.data.shape, interpreter._get_np_dtype(pointers.get_element_ty()))
+    data[~lanes] = np.frombuffer(b"\xff" * data.itemsize, data.dtype)[0]
+    return Handle(data, pointers.get_element_ty())
+
+
 def create_masked_load(
     self: Any, pointers: Any, mask: Any, other: Any, *rest: Any, **named: Any
 ) -> Any:
@@ -38,6 +45,8 @@ def create_masked_load(
     if now and now.launch:
         volatile = bool(named["is_volatile"] if "is_volatile" in named else rest[-1])
         lanes = _same_shape(mask, pointers)
+        if other is None and not lanes.all():
+            other = _undefined(pointers, lanes)
         lanes = check_load(now.launch, pointers.data, lanes, _size(pointers), volatile)
         pointers, mask = _plain(pointers), Handle(lanes, tl.int1)
         if volatile:
