@@ -152,13 +152,18 @@ def test_the_most_telling_test_comes_first():
 
     def item(name, dtype, size):
         params = {"op": softmax, "dtype": dtype, "size": softmax.sizes[size]}
-        return SimpleNamespace(originalname=name, callspec=SimpleNamespace(params=params))
+        callspec = SimpleNamespace(params=params)
+        return SimpleNamespace(originalname=name, callspec=callspec, nodeid="tests/test_ops.py")
+
+    def plain(file):
+        return SimpleNamespace(originalname="test_without_parameters", nodeid=file)
 
     wanted = [
+        plain("tests/test_rng.py"),
         item("test_matches_reference", "torch.float32", 0),
         item("test_matches_reference", "torch.float32", 2),
         item("test_matches_reference", "torch.bfloat16", 0),
-        SimpleNamespace(originalname="test_without_parameters"),
+        plain("tests/properties/test_softmax.py"),
         item("test_same_input_same_bits", "torch.float32", 1),
     ]
     items = [*reversed(wanted), item("test_compiled_by_inductor", "torch.float32", 0)]

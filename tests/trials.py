@@ -132,12 +132,14 @@ class _Watch:
 
 
 def _rank(item: pytest.Item) -> tuple:
-    """The values first; of one dtype all sizes, for Numba compiles for each dtype anew."""
+    """What tests the file itself, then values; all of one dtype, for Numba compiles for each anew."""
+    direct = not item.nodeid.startswith(("tests/test_ops.py", "tests/properties/"))
     given = item.callspec.params if hasattr(item, "callspec") else {}
     size, dtype = given.get("size"), str(given.get("dtype", "float32"))
     sizes = given["op"].sizes if size is not None else []
     narrow = "float32" not in dtype
-    return item.originalname != FIRST, narrow, dtype, sizes.index(size) if sizes else 0
+    after = 0 if direct else 1 if item.originalname == FIRST else 2
+    return after, narrow, dtype, sizes.index(size) if sizes else 0
 
 
 def _run_here(sender: Connection, tree: Path, tests, seconds, objects, cache: Path) -> None:
