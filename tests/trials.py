@@ -132,7 +132,7 @@ class _Watch:
 
 
 def _rank(item: pytest.Item) -> tuple:
-    """What tests the file itself, then values; all of one dtype, for Numba compiles for each anew."""
+    """What tests the file itself, then values; dtype by dtype, for Numba compiles for each anew."""
     direct = not item.nodeid.startswith(("tests/test_ops.py", "tests/properties/"))
     given = item.callspec.params if hasattr(item, "callspec") else {}
     size, dtype = given.get("size"), str(given.get("dtype", "float32"))
