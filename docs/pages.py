@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-import tilewise  # noqa: F401  (declares the ops)
+import tilewise
 from tilewise.check import gradient_inputs
 from tilewise.op import OPS, Op
 from tilewise.report import RESULTS, Kernel, kernels
@@ -124,7 +124,7 @@ def measured(ops: list[str], every: bool) -> Iterator[str]:
 
 def page(op: Op, known: dict[str, Kernel]) -> str:
     """The page of one op."""
-    signature = inspect.signature(op.call)
+    signature = inspect.signature(getattr(tilewise, op.name))
     bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     plain = signature.replace(parameters=bare, return_annotation=signature.empty)
     parts = [f"# {op.name}\n", f"`tilewise.{op.name}{plain}`\n", *sections(op)]
@@ -147,7 +147,7 @@ def page(op: Op, known: dict[str, Kernel]) -> str:
 
 def sections(op: Op) -> Iterator[str]:
     """The docstring as Markdown."""
-    body, *rest = SECTION.split(inspect.getdoc(op.call) or "")
+    body, *rest = SECTION.split(inspect.getdoc(getattr(tilewise, op.name)) or "")
     yield body.strip() + "\n"
     for title, text in zip(rest[::2], rest[1::2], strict=True):
         items = re.split(r"\n(?=\S)", inspect.cleandoc(text))

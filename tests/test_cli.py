@@ -42,8 +42,8 @@ def broken(monkeypatch):
     """rms_norm, off by three per cent, with one size."""
     right = OPS["rms_norm"]
 
-    def call(x, weight=None, eps=1e-6, *, backend=None):
-        return 0.97 * right.call(x, weight, eps, backend=backend)
+    def call(x, weight=None, bias=None, eps=1e-6, *, backend=None):
+        return 0.97 * right.call(x, weight, bias, eps=eps, backend=backend)
 
     monkeypatch.setitem(op.OPS, "rms_norm", replace(right, call=call, sizes=right.sizes[:1]))
 
@@ -148,10 +148,10 @@ def test_check_fails_with_status_1(tilewise, broken, tmp_path):
 def test_check_goes_on_after_a_kernel_that_raises(tilewise, monkeypatch, tmp_path):
     right, file = OPS["rms_norm"], tmp_path / "results.json"
 
-    def call(x, weight=None, eps=1e-6, *, backend=None):
+    def call(x, weight=None, bias=None, eps=1e-6, *, backend=None):
         if x.dtype == torch.float16:
             raise ZeroDivisionError("first line\nsecond line")
-        return right.call(x, weight, eps, backend=backend)
+        return right.call(x, weight, bias, eps=eps, backend=backend)
 
     monkeypatch.setitem(op.OPS, "rms_norm", replace(right, call=call, sizes=right.sizes[:1]))
     words = ["rms_norm", "--backend", "numba", "--json", file]

@@ -31,6 +31,7 @@ FLOORS = [
     {"native", "allocator"},
     {"op", "rng"},
     {"choice"},
+    {"norm"},
     {"ops"},
     {"functional", "nn"},
     {"models"},
@@ -43,7 +44,11 @@ FLOORS = [
 ]
 APART = {"ops"}
 
-FAMILIES = {"log_softmax": "softmax"}
+FAMILIES = {
+    "add_layer_norm": "layer_norm",
+    "add_rms_norm": "rms_norm",
+    "log_softmax": "softmax",
+}
 ROOMS = {
     "cuda": ["csrc/cuda/{}.cu", "kernels/cuda/{}.py"],
     "triton": ["kernels/triton/{}.py"],

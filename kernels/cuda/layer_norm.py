@@ -4,15 +4,21 @@ import torch
 from torch import Tensor
 
 from tilewise import _cuda
-from tilewise.kernels.cuda._shared import DTYPES, address, parts_for, stream
+from tilewise.kernels.cuda._shared import DTYPES, address, as_rows, parts_for, stream
 
 
 def layer_norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    casting: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x [rows, cols], weight, bias [cols] -> y [rows, cols], mean, rstd [rows] fp32."""
+    """x [..., cols], weight, bias [cols] -> y [..., cols], mean, rstd [rows] fp32."""
+    shape, x = x.shape, as_rows(x)
     rows, cols = x.shape
-    y = x.new_empty(rows, cols)
+    y = x.new_empty(shape)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     _cuda.layer_norm_forward(
         address(y), address(mean), address(rstd), address(x), address(weight), address(bias),
@@ -23,12 +29,22 @@ def layer_norm_forward(
 
 
 def layer_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight_offset: float,
+    want_dx: bool,
+    want_dweight: bool,
+    want_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dy, x [rows, cols], weight [cols], mean, rstd [rows]
-    -> dx [rows, cols], dweight, dbias [cols or 0]."""
+    """dy [rows, cols], x [..., cols], weight, bias [cols], mean, rstd [rows]
+    -> dx [..., cols], dweight, dbias [cols], each empty where it is not wanted."""
+    shape, x = x.shape, as_rows(x)
     rows, cols = x.shape
-    dx = x.new_empty(rows, cols)
+    dx = x.new_empty(shape)
     if weight is None:
         parts, dweight, dbias = rows, x.new_empty(0), x.new_empty(0)
         weight_sums = bias_sums = None
@@ -45,4 +61,6 @@ def layer_norm_backward(
         rows, cols, dy.stride(0), x.stride(0), parts,
         DTYPES[x.dtype], DTYPES[(x if weight is None else weight).dtype], stream(x),
     )  # fmt: skip
-    return dx, dweight, dbias
+    dweight = dweight if want_dweight else x.new_empty(0)
+    dbias = dbias if want_dbias else x.new_empty(0)
+    return dx if want_dx else x.new_empty(0), dweight, dbias

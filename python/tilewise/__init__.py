@@ -8,8 +8,8 @@ from tilewise.ops.attention import attention
 from tilewise.ops.cross_entropy import cross_entropy
 from tilewise.ops.gelu import gelu
 from tilewise.ops.glu import glu
-from tilewise.ops.layer_norm import layer_norm
-from tilewise.ops.rms_norm import rms_norm
+from tilewise.ops.layer_norm import add_layer_norm, layer_norm
+from tilewise.ops.rms_norm import add_rms_norm, rms_norm
 from tilewise.ops.rotary import rotary, rotary_tables
 from tilewise.ops.sample import sample
 from tilewise.ops.softmax import log_softmax, softmax
@@ -18,6 +18,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "OPS",
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "backend",
     "cross_entropy",

@@ -1,167 +1,225 @@
 """Root-mean-square normalisation (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467)."""
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from tilewise.choice import choose
-from tilewise.op import (
-    Inputs,
-    Op,
-    as_rows,
-    backends_of,
-    declare,
-    differentiable_gradients,
-    needs_gradient,
-    register,
-    takes_all,
-    transforming,
-    wide_dtype,
+from tilewise.norm import (
+    DROPOUT,
+    LLAMA,
+    add_and_normalise,
+    added,
+    norm_inputs,
+    normalise,
+    normalised,
+    plain_only,
+    register_add_norm,
+    register_norm,
 )
+from tilewise.op import Op, backends_of, declare, takes_all
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, backend: str | None = None
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    bias: Tensor | None = None,
+    weight_offset: float = 0.0,
+    casting: str = "torch",
+    backend: str | None = None,
 ) -> Tensor:
     """Scale each row of `x` to unit root-mean-square, then by `weight`.
 
-        y = x * rsqrt(mean(x^2) + eps) * weight
+        y = x * rsqrt(mean(x^2) + eps) * (weight_offset + weight) + bias
 
-    Computed in fp32 (fp64 for fp64 `x`) and rounded once.
+    Computed in fp32 (fp64 for fp64 `x`) and rounded once. With `casting="llama"` the normalised row
+    is rounded to the dtype of `x`, and then each step to that of its operands, as models do that
+    write `weight * normalised.to(x.dtype)`. Gemma's order is "torch" with `weight_offset=1.0`.
+
+    Rows of `[batch, heads, seq, dim]` within a packed projection are read where they lie.
 
     Args:
         x: `[..., cols]`, floating point.
         weight: `[cols]`, on the device of `x`; fp32, or the dtype of `x`. None is all ones.
         eps: Added to the mean square.
+        bias: As `weight`, and of its dtype. None is all zeros.
+        weight_offset: Added to `weight`.
+        casting: "torch" or "llama".
         backend: "cuda", "triton", "numba" or "reference". None picks the first that can run.
 
     Returns:
-        `[..., cols]`, dtype of `x`, also under autocast.
+        `[..., cols]`, contiguous, dtype of `x`, also under autocast.
 
     Raises:
         TypeError: If a dtype is wrong, or not one that `backend` takes.
-        ValueError: If a shape is wrong or `backend` is unknown.
+        ValueError: If a shape is wrong, there is a `weight_offset` without a weight, or `casting`
+            or `backend` is unknown.
         RuntimeError: If the devices differ, or `backend` is absent or runs on another device.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"rms_norm: x must be floating point, got {x.dtype}")
-    if x.ndim == 0:
-        raise ValueError("rms_norm: x must be [..., cols], got a scalar")
-    if weight is not None:
-        if weight.dtype not in (x.dtype, torch.float32):
-            raise TypeError(
-                f"rms_norm: weight must be {x.dtype} or torch.float32, got {weight.dtype}"
-            )
-        if weight.shape != x.shape[-1:]:
-            raise ValueError(
-                f"rms_norm: x must be [..., cols] and weight [cols], "
-                f"got {list(x.shape)} and {list(weight.shape)}"
-            )
-        if weight.device != x.device:
-            raise RuntimeError(f"rms_norm: weight must be on {x.device}, got {weight.device}")
-    chosen = choose(RMS_NORM, backend, x, weight, eps=eps)
-    if chosen == "reference" or x.numel() == 0 or transforming():
-        return rms_norm_reference(x, weight, eps)
-
-    rows = as_rows(x)
-    weight = weight if weight is None else weight.contiguous()
-    y: Tensor
-    if needs_gradient(x, weight):
-        y = _RMSNorm.apply(rows, weight, eps, chosen)  # type: ignore[no-untyped-call]
-    else:
-        y, _ = _forward(rows, weight, eps, chosen)
-    return y.view(x.shape)
+    return normalise(RMS_NORM, x, weight, bias, eps, weight_offset, casting, backend)
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """The formula of `rms_norm`, in plain PyTorch."""
-    wide = x.to(wide_dtype(x.dtype))
-    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (y if weight is None else y * weight).to(x.dtype)
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, chosen: str) -> Tensor:
-        y: Tensor
-        y, rstd = _forward(x, weight, eps, chosen)
-        ctx.save_for_backward(x, weight, rstd)
-        ctx.eps, ctx.chosen = eps, chosen
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = differentiable_gradients(rms_norm_reference, dy, (x, weight), ctx.eps)
-            return *grads, None, None
-        dx, dweight = _backward(as_rows(dy), x, weight, rstd, ctx.chosen)
-        return dx, None if weight is None else dweight, None, None
-
-
-BACKENDS = backends_of(
-    "rms_norm",
-    cuda=takes_all,
-    numba=takes_all,
-    triton=takes_all,
-)
-
-_forward = register(
-    "rms_norm_forward(Tensor x, Tensor? weight, float eps, str backend) -> (Tensor y, Tensor rstd)",
-    BACKENDS,
-    fake=lambda x, weight, eps, backend: (
-        x.new_empty(x.shape),
-        x.new_empty(x.shape[0], dtype=wide_dtype(x.dtype)),
-    ),
-)
-_backward = register(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, str backend)"
-    " -> (Tensor dx, Tensor dweight)",
-    BACKENDS,
-    fake=lambda dy, x, weight, rstd, backend: (
-        x.new_empty(x.shape),
-        x.new_empty(0) if weight is None else weight.new_empty(weight.shape),
-    ),
-)
-
-
-def _inputs(
-    rows: int,
-    cols: int,
-    weight: str | None = "like x",
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
     *,
-    device: str,
-    dtype: torch.dtype,
-) -> Inputs:
-    x = torch.randn(rows, cols, device=device, dtype=dtype)
-    if weight is None:
-        return (x, None), {"eps": 0.1}
-    weight_dtype = dtype if weight == "like x" else getattr(torch, weight)
-    return (x, torch.randn(cols, device=device, dtype=weight_dtype)), {"eps": 0.1}
+    bias: Tensor | None = None,
+    weight_offset: float = 0.0,
+    casting: str = "torch",
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    offset: Tensor | int | None = None,
+    generator: Generator | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add `x` to the residual stream, then normalise it as `rms_norm`.
 
+        sum = dropout(x) + residual
+        y = sum * rsqrt(mean(sum^2) + eps) * (weight_offset + weight) + bias
+
+    `sum` is rounded once, to the dtype of the residual, and normalised as it is returned. Dropout
+    zeroes an element of `x` with probability `dropout_p` and divides the others by 1 - `dropout_p`;
+    which, the seed says (`tilewise.rng.keep_mask` at the row and column of `[rows, cols]`), the
+    same on every backend, and again in the backward pass, so no mask is stored.
+
+    Args:
+        x: `[..., cols]`, floating point: the branch.
+        residual: The shape of `x`; fp32, or the dtype of `x`.
+        weight: `[cols]`, on the device of `x`; fp32, or the dtype of `x`. None is all ones.
+        eps: Added to the mean square.
+        bias: As `weight`, and of its dtype. None is all zeros.
+        weight_offset: Added to `weight`.
+        casting: "torch" or "llama", as in `rms_norm`.
+        dropout_p: Probability of dropping an element of `x`, from 0 to 1.
+        seed: int64; or a tensor `[]` or, one a row, `[rows]`. None draws one on the device.
+        offset: int64, counts the draws from one seed; or a tensor like that of `seed`. None is 0.
+        generator: Draws the seed, where none is given. None is PyTorch's own.
+        backend: "triton", "numba" or "reference". None picks the first that can run.
+
+    Returns:
+        y: `[..., cols]`, contiguous, dtype of `x`.
+        sum: `[..., cols]`, contiguous, dtype of `residual`.
+
+    Raises:
+        TypeError: If a kind or dtype is wrong, or not one that `backend` takes.
+        ValueError: If a shape or range is wrong, there is a `weight_offset` without a weight, seed
+            and generator are both given, or `casting` or `backend` is unknown.
+        RuntimeError: If the devices differ, or `backend` is absent or runs on another device.
+    """
+    return add_and_normalise(
+        ADD_RMS_NORM, x, residual, weight, bias, eps, weight_offset, casting,
+        dropout_p, seed, offset, generator, backend,
+    )  # fmt: skip
+
+
+def rms_norm_reference(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    casting: str = "torch",
+) -> Tensor:
+    """The formula of `rms_norm`, in plain PyTorch, its tensors first."""
+    return normalised(x, weight, bias, eps, weight_offset, casting, x.dtype, centred=False)
+
+
+def add_rms_norm_reference(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    casting: str = "torch",
+    dropout_p: float = 0.0,
+    seed: Tensor | int = 0,
+    offset: Tensor | int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The formula of `add_rms_norm`, in plain PyTorch, its tensors first."""
+    total = added(x, residual, dropout_p, seed, offset)
+    y = normalised(total, weight, bias, eps, weight_offset, casting, x.dtype, centred=False)
+    return y, total
+
+
+def _tensors_first(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **options: Any
+) -> Tensor:
+    return rms_norm(x, weight, bias=bias, **options)
+
+
+def _add_tensors_first(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    return add_rms_norm(x, residual, weight, bias=bias, **options)
+
+
+def _cuda_refuses(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **options: Any
+) -> str | None:
+    return plain_only(**options) if bias is None else "has no bias"
+
+
+BACKENDS = backends_of("rms_norm", cuda=_cuda_refuses, numba=takes_all, triton=takes_all)
+ADD_BACKENDS = backends_of("rms_norm", numba=takes_all, triton=takes_all)
+
+register_norm("rms_norm", BACKENDS, centred=False)
+register_add_norm("add_rms_norm", ADD_BACKENDS, centred=False)
 
 RMS_NORM = declare(
     Op(
         name="rms_norm",
-        call=rms_norm,
+        call=_tensors_first,
         reference=rms_norm_reference,
         backends=BACKENDS,
-        inputs=_inputs,
+        inputs=norm_inputs,
         sizes=[
             {"rows": 3, "cols": 8},
             {"rows": 0, "cols": 64},  # empty batch
             {"rows": 3, "cols": 0},  # empty rows
             {"rows": 1, "cols": 1},
             {"rows": 3, "cols": 127},  # one short of a block, rows misaligned
-            {"rows": 5, "cols": 64, "weight": "float32"},
+            {"rows": 5, "cols": 64, "weight": "float32", "options": LLAMA},
             {"rows": 5, "cols": 65, "weight": None},
-            {"rows": 65, "cols": 1024},  # several parts in parallel
-            {"rows": 300, "cols": 16},  # several rows in a part
+            {"rows": 67, "cols": 1000, "bias": True},  # several parts in parallel; 8 divides cols
+            {"rows": 300, "cols": 16, "options": {"weight_offset": 1.0}},  # several rows in a part
             {"rows": 3, "cols": 8195},  # wider than one block of registers
         ],
         workloads=[{"rows": 4096, "cols": cols} for cols in (1024, 4096)],
-        bytes_moved=lambda x, weight, **options: 2 * x.nbytes,
-        native=lambda x, weight, eps: torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps),
+        bytes_moved=lambda x, *parameters, **options: 2 * x.nbytes,
+        native=lambda x, weight, bias, eps: torch.nn.functional.rms_norm(
+            x, x.shape[-1:], weight, eps
+        ),
+    )
+)
+
+ADD_RMS_NORM = declare(
+    Op(
+        name="add_rms_norm",
+        call=_add_tensors_first,
+        reference=add_rms_norm_reference,
+        backends=ADD_BACKENDS,
+        inputs=partial(norm_inputs, residual="like x"),
+        sizes=[
+            {"rows": 3, "cols": 8},
+            {"rows": 0, "cols": 64},  # empty batch
+            {"rows": 3, "cols": 0, "options": DROPOUT},  # empty rows
+            {"rows": 7, "cols": 127, "residual": "float32"},  # misaligned, two dtypes
+            {"rows": 5, "cols": 65, "weight": None, "options": DROPOUT},  # part of a group of four
+            {"rows": 67, "cols": 1000, "bias": True, "options": DROPOUT},
+            {"rows": 70, "cols": 16, "residual": "float32", "weight": "float32"},
+            {"rows": 3, "cols": 8195, "options": DROPOUT},  # wider than one block of registers
+        ],
+        workloads=[{"rows": 4096, "cols": cols} for cols in (1024, 4096)],
+        bytes_moved=lambda x, residual, *parameters, **options: 2 * (x.nbytes + residual.nbytes),
     )
 )
