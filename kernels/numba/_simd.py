@@ -58,10 +58,16 @@ def _wide(kind_type):
     return types.float64 if kind_type == types.float64 else types.float32
 
 
+def _emit_nothing(context, builder, signature, args):
+    return context.get_dummy_value()
+
+
 @intrinsic
 def pointer(typing_context, address, kind):
-    """The elements at `address`."""
+    """The elements at `address`; None for the kind None."""
     kind = types.unliteral(kind)
+    if kind == types.none:
+        return types.none(address, kind), _emit_nothing
 
     def emit(context, builder, signature, args):
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
@@ -71,7 +77,9 @@ def pointer(typing_context, address, kind):
 
 @intrinsic
 def offset(typing_context, p, elements):
-    """The pointer `elements` further on."""
+    """The pointer `elements` further on; None for None."""
+    if p == types.none:
+        return types.none(p, types.int64), _emit_nothing
 
     def emit(context, builder, signature, args):
         return builder.gep(args[0], [args[1]])
@@ -115,6 +123,19 @@ def store(typing_context, p, i, value):
         return context.get_dummy_value()
 
     return types.void(p, types.int64, source), emit
+
+
+@intrinsic
+def rounded(typing_context, p, value):
+    """`value` as `store` would round it to the kind of `p`."""
+
+    def emit(context, builder, signature, args):
+        if p.dtype not in (types.int16, types.uint16):
+            return args[1]
+        half = HALF if p.dtype == types.int16 else BRAIN
+        return builder.fpext(builder.fptrunc(args[1], half), FLOAT)
+
+    return value(p, value), emit
 
 
 @intrinsic

@@ -9,7 +9,6 @@ where `casting` says what is rounded on the way, and the ops that add normalise
     sum = dropout(x) + residual
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,9 +18,6 @@ from tilewise.op import Inputs, wide_dtype
 from tilewise.rng import counter_rows, keep_mask
 
 CASTINGS = ("torch", "llama")
-
-LLAMA = {"casting": "llama"}
-DROPOUT = {"dropout_p": 0.3, "seed": 2**40 + 7, "offset": 3}  # what the ops that add declare
 
 
 # --- The formula.
@@ -109,8 +105,9 @@ def check_norm(
 
 def check_residual(op: str, x: Tensor, residual: Tensor, dropout_p: float) -> None:
     """Refuse what is wrong with what the op named `op` adds."""
-    if residual.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"{op}: residual must be {x.dtype} or torch.float32, got {residual.dtype}")
+    wide = wide_dtype(x.dtype)
+    if residual.dtype not in (x.dtype, wide):
+        raise TypeError(f"{op}: residual must be {x.dtype} or {wide}, got {residual.dtype}")
     if residual.shape != x.shape:
         raise ValueError(
             f"{op}: residual must have the shape of x, {list(x.shape)}, got {list(residual.shape)}"
@@ -131,12 +128,13 @@ def norm_inputs(
     bias: bool = False,
     residual: str | None = None,
     mean: float = 0.0,
-    options: Mapping[str, Any] | None = None,
+    dropout_p: float = 0.0,
     *,
     device: str,
     dtype: torch.dtype,
+    **options: float | str,
 ) -> Inputs:
-    """x, then the residual where one is named, weight and bias, each "like x", "float32" or None.
+    """x, then weight and bias, between them the residual where it is said of which dtype.
 
     A bias has the dtype of the weight; eps is one that the tests can see.
     """
@@ -146,10 +144,12 @@ def norm_inputs(
         None if weight is None else torch.randn(cols, device=device, dtype=kind),
         torch.randn(cols, device=device, dtype=kind) if bias else None,
     )
-    given = {"eps": 0.1, **(options or {})}
+    given: dict[str, Any] = {"eps": 0.1, **options}
     if residual is None:
         return (x, *parameters), given
-    beside = torch.float32 if residual == "float32" else dtype
+    if dropout_p:
+        given |= {"dropout_p": dropout_p, "seed": 2**40 + 7, "offset": 3}
+    beside = wide_dtype(dtype) if residual == "wide" else dtype
     return (x, torch.randn(rows, cols, device=device, dtype=beside), *parameters), given
 
 

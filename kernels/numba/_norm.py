@@ -1,0 +1,368 @@
+"""Both norms, with and without a sum before: parts of the rows in parallel, each row read again
+from L1. A kernel is compiled for what it is given: what an argument that is None stands for is left
+out.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tilewise.kernels.numba._parallel import Kernel, callee
+from tilewise.kernels.numba._philox import keep, philox
+from tilewise.kernels.numba._shared import partial_sums, parts_for
+from tilewise.kernels.numba._simd import (
+    address,
+    kind,
+    load,
+    offset,
+    pointer,
+    real,
+    reciprocal_root,
+    rounded,
+    store,
+)
+from tilewise.kernels.numba._stream import (
+    CHUNK,
+    chunk_of,
+    finish_writes,
+    scratch,
+    streamed,
+    write_chunk,
+)
+
+CONTIGUOUS = torch.contiguous_format
+INTEGER = np.int64(0)
+WORDS = 1 << 32
+PARTIAL_SUMS = 1 << 20  # at most so many in all: for wide rows fewer parts, not more memory
+
+
+# --- Pieces of a row.
+
+
+@callee
+def _start(i, grid):
+    """Where row `i` begins, by what `_grid_of` says."""
+    middle, inner, outer_stride, middle_stride, inner_stride = grid
+    if middle * inner == 1:
+        return i * outer_stride
+    outer = i // (middle * inner) * outer_stride
+    return outer + i // inner % middle * middle_stride + i % inner * inner_stride
+
+
+@callee
+def _keep_chunk(factors, dropout, row, start, count):
+    """1 / (1 - p) where dropout keeps one of `count` columns from `start`, else 0; 4 divides it."""
+    seeds_at, offsets_at, seed, shift, seed_step, offset_step, threshold, scale = dropout
+    if seeds_at:
+        seed = load(pointer(seeds_at, INTEGER), row * seed_step)
+    if offsets_at:
+        shift = load(pointer(offsets_at, INTEGER), row * offset_step)
+    if seed_step:  # a seed for each row
+        row = 0
+    kept, none = real(factors, scale), real(factors, 0)
+    group, whole = start // 4, count // 4
+    for g in range(whole):
+        a, b, c, d = philox(seed, shift, row, group + g)
+        store(factors, 4 * g, kept if keep(a, threshold) else none)
+        store(factors, 4 * g + 1, kept if keep(b, threshold) else none)
+        store(factors, 4 * g + 2, kept if keep(c, threshold) else none)
+        store(factors, 4 * g + 3, kept if keep(d, threshold) else none)
+    if count % 4:
+        words = philox(seed, shift, row, group + whole)
+        for j in range(count % 4):
+            store(factors, 4 * whole + j, kept if keep(words[j], threshold) else none)
+
+
+@callee
+def _add_row(total, x, residual, cols, dropout, row):
+    """total = dropout(x) + residual."""
+    own, factors = scratch(total), scratch(total)
+    zero = real(total, 0)
+    for start in range(0, cols, CHUNK):
+        count = min(CHUNK, cols - start)
+        out = chunk_of(offset(total, start), own, False)
+        branch, stream = offset(x, start), offset(residual, start)
+        if dropout is None:
+            for j in range(count):
+                store(out, j, load(branch, j) + load(stream, j))
+        else:
+            _keep_chunk(factors, dropout, row, start, count)
+            for j in range(count):
+                factor = load(factors, j)
+                kept = load(branch, j) * factor
+                store(out, j, (zero if factor == zero else kept) + load(stream, j))
+        write_chunk(offset(total, start), out, count, False)
+
+
+@callee
+def _statistics(x, cols, eps, means):
+    """mean, 0 where there are no `means`, and rstd."""
+    mean, left, square_sum = real(x, 0), real(x, 0), real(x, 0)
+    if means is None:
+        for j in range(cols):
+            v = load(x, j)
+            square_sum += v * v
+    else:
+        total = real(x, 0)
+        for j in range(cols):
+            total += load(x, j)
+        mean = total / real(x, cols)
+        for j in range(cols):
+            centred = load(x, j) - mean
+            left += centred
+            square_sum += centred * centred
+        left /= real(x, cols)  # by what rounding has moved a large mean
+        mean += left
+    variance = square_sum / real(x, cols) - left * left
+    return mean, reciprocal_root(variance + real(x, eps))
+
+
+@callee
+def _write_row(y, x, weight, bias, mean, rstd, cols, weight_offset, llama, past_caches):
+    own, added = scratch(y), real(y, weight_offset)
+    for start in range(0, cols, CHUNK):
+        count = min(CHUNK, cols - start)
+        out = chunk_of(offset(y, start), own, past_caches)
+        source, scale, shift = offset(x, start), offset(weight, start), offset(bias, start)
+        for j in range(count):
+            v = (load(source, j) - mean) * rstd
+            if llama is not None:
+                v = rounded(y, v)
+            if weight is not None:
+                factor = real(y, load(scale, j)) + added
+                if llama is not None:
+                    v = rounded(weight, v * rounded(weight, factor))
+                else:
+                    v = v * factor
+            if bias is not None:
+                v += real(y, load(shift, j))
+                if llama is not None:
+                    v = rounded(bias, v)
+            store(out, j, v)
+        write_chunk(offset(y, start), out, count, past_caches)
+
+
+@callee
+def _sum_gradients(dweight, dbias, dy, x, weight, mean, rstd, cols, weight_offset, wanted):
+    """Add a row to the gradients of weight and bias; the sums of g and g * xhat, if `wanted`."""
+    g_sum, dot = real(dy, 0), real(dy, 0)
+    added = real(dy, weight_offset)
+    for j in range(cols):
+        d, xhat = load(dy, j), (load(x, j) - mean) * rstd
+        if dweight is not None:
+            store(dweight, j, load(dweight, j) + d * xhat)
+        if dbias is not None:
+            store(dbias, j, load(dbias, j) + d)
+        if wanted is not None:
+            g = d
+            if weight is not None:
+                g = d * (real(dy, load(weight, j)) + added)
+            g_sum += g
+            dot += g * xhat
+    return g_sum / real(dy, cols), dot / real(dy, cols)
+
+
+@callee
+def _write_gradient(
+    dx, dresidual, dy, dsum, x, weight, mean, rstd, g_mean, dot_mean,
+    cols, weight_offset, dropout, row, past_caches,
+):  # fmt: skip
+    """rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum, with g = dy * weight."""
+    own, factors = scratch(dy), scratch(dy)
+    added, zero = real(dy, weight_offset), real(dy, 0)
+    for start in range(0, cols, CHUNK):
+        count = min(CHUNK, cols - start)
+        out = own
+        if dresidual is None:
+            out = chunk_of(offset(dx, start), own, past_caches)
+        elif dx is None:
+            out = chunk_of(offset(dresidual, start), own, past_caches)
+        d, source, scale = offset(dy, start), offset(x, start), offset(weight, start)
+        beside = offset(dsum, start)
+        for j in range(count):
+            g = load(d, j)
+            if weight is not None:
+                g = g * (real(dy, load(scale, j)) + added)
+            v = rstd * (g - g_mean - (load(source, j) - mean) * rstd * dot_mean)
+            if dsum is not None:
+                v += load(beside, j)
+            store(out, j, v)
+        if dresidual is not None:
+            write_chunk(offset(dresidual, start), out, count, past_caches)
+        if dx is not None:
+            if dropout is not None:
+                _keep_chunk(factors, dropout, row, start, count)
+                for j in range(count):
+                    factor = load(factors, j)
+                    kept = load(out, j) * factor
+                    store(out, j, zero if factor == zero else kept)
+            write_chunk(offset(dx, start), out, count, past_caches)
+
+
+# --- The kernels.
+
+
+@Kernel
+def _forward(
+    part, y_at, sum_at, mean_at, rstd_at, x_at, residual_at, weight_at, bias_at, kinds,
+    rows, cols, grid, residual_stride, parts, eps, weight_offset, llama, dropout, past_caches,
+):  # fmt: skip
+    kind, sum_kind, mean_kind, wide, weight_kind, bias_kind = kinds
+    means, rstds = pointer(mean_at, mean_kind), pointer(rstd_at, wide)
+    weight, bias = pointer(weight_at, weight_kind), pointer(bias_at, bias_kind)
+    for i in range(part * rows // parts, (part + 1) * rows // parts):
+        x = offset(pointer(x_at, kind), _start(i, grid))
+        y = offset(pointer(y_at, kind), i * cols)
+        if residual_at is None:
+            mean, rstd = _statistics(x, cols, eps, means)
+            _write_row(y, x, weight, bias, mean, rstd, cols, weight_offset, llama, past_caches)
+        else:
+            residual = offset(pointer(residual_at, sum_kind), i * residual_stride)
+            total = offset(pointer(sum_at, sum_kind), i * cols)
+            _add_row(total, x, residual, cols, dropout, i)
+            mean, rstd = _statistics(total, cols, eps, means)
+            _write_row(y, total, weight, bias, mean, rstd, cols, weight_offset, llama, past_caches)
+        if mean_at is not None:
+            store(means, i, mean)
+        store(rstds, i, rstd)
+    if past_caches:
+        finish_writes()
+
+
+@Kernel
+def _backward(
+    part, dx_at, dresidual_at, dweight_at, dbias_at,
+    dy_at, dsum_at, x_at, weight_at, mean_at, rstd_at, kinds,
+    rows, cols, dy_stride, dsum_stride, grid, sum_stride, parts,
+    weight_offset, wanted, dropout, past_caches,
+):  # fmt: skip
+    kind, x_kind, mean_kind, wide, weight_kind = kinds[0], kinds[1], kinds[2], kinds[3], kinds[4]
+    dx_kind, dresidual_kind, dsum_kind, dweight_kind, dbias_kind = kinds[5:]
+    means, rstds = pointer(mean_at, mean_kind), pointer(rstd_at, wide)
+    weight = pointer(weight_at, weight_kind)
+    dweight = offset(pointer(dweight_at, dweight_kind), part * sum_stride)
+    dbias = offset(pointer(dbias_at, dbias_kind), part * sum_stride)
+    for i in range(part * rows // parts, (part + 1) * rows // parts):
+        x = offset(pointer(x_at, x_kind), _start(i, grid))
+        dy = offset(pointer(dy_at, kind), i * dy_stride)
+        mean, rstd = real(dy, 0), load(rstds, i)
+        if mean_at is not None:
+            mean = load(means, i)
+        g_mean, dot_mean = _sum_gradients(
+            dweight, dbias, dy, x, weight, mean, rstd, cols, weight_offset, wanted
+        )
+        if mean_at is None:
+            g_mean = real(dy, 0)
+        if wanted is not None:
+            dx = offset(pointer(dx_at, dx_kind), i * cols)
+            dresidual = offset(pointer(dresidual_at, dresidual_kind), i * cols)
+            dsum = offset(pointer(dsum_at, dsum_kind), i * dsum_stride)
+            _write_gradient(
+                dx, dresidual, dy, dsum, x, weight, mean, rstd, g_mean, dot_mean,
+                cols, weight_offset, dropout, i, past_caches,
+            )  # fmt: skip
+    if past_caches:
+        finish_writes()
+
+
+# --- Their launches.
+
+
+def _optional(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _kind(x: Tensor | None) -> np.generic | None:
+    return None if x is None else kind(x)
+
+
+def _grid_of(x: Tensor) -> tuple[int, ...]:
+    """Sizes of the middle and the inner of the dims of rows, and the strides of all three."""
+    if x.ndim == 2:
+        return 1, 1, x.stride(0), 0, 0
+    if x.ndim == 3:
+        return 1, x.shape[1], x.stride(0), 0, x.stride(1)
+    return x.shape[1], x.shape[2], x.stride(0), x.stride(1), x.stride(2)
+
+
+def dropout_of(
+    p: float, seeds: Tensor | None, offsets: Tensor | None, seed: int, shift: int
+) -> tuple[float, ...] | None:
+    """What the kernels take of dropout."""
+    if p == 0:
+        return None
+    steps = (0 if numbers is None else numbers.ndim for numbers in (seeds, offsets))
+    scale = 0.0 if p == 1 else 1 / (1 - p)
+    return address(seeds), address(offsets), seed, shift, *steps, int(p * WORDS), scale
+
+
+def normalise(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    casting: str,
+    dropout: tuple[float, ...] | None,
+    centred: bool,
+) -> list[Tensor]:
+    """x [..., cols], residual [rows, cols], weight, bias [cols]
+    -> y [..., cols], sum [rows, cols] if there is a residual, mean [rows] if centred, rstd [rows].
+    """
+    cols = x.shape[-1]
+    rows = x.numel() // cols
+    y = x.new_empty(x.shape)
+    total = None if residual is None else torch.empty_like(residual, memory_format=CONTIGUOUS)
+    rstd = x.new_empty(rows, dtype=torch.promote_types(x.dtype, torch.float32))
+    mean = torch.empty_like(rstd) if centred else None
+    parts = parts_for(rows)
+    kinds = (kind(x), _kind(residual), _kind(mean), kind(rstd), _kind(weight), _kind(bias))
+    _forward(
+        parts, x.numel(), address(y), _optional(total), _optional(mean), address(rstd),
+        address(x), _optional(residual), _optional(weight), _optional(bias), kinds,
+        rows, cols, _grid_of(x), 0 if residual is None else residual.stride(0), parts,
+        eps, weight_offset, 1 if casting == "llama" else None, dropout, streamed(y),
+    )  # fmt: skip
+    return [out for out in (y, total, mean, rstd) if out is not None]
+
+
+def differentiate(
+    dy: Tensor,
+    dsum: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight_offset: float,
+    dropout: tuple[float, ...] | None,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """dy, dsum [rows, cols], x [..., cols] (or the sum), weight [cols], mean, rstd [rows]
+    -> dx, dresidual [..., cols], dweight, dbias [cols], empty where they are not `wanted`."""
+    cols = x.shape[-1]
+    rows = x.numel() // cols
+    dx = dy.new_empty(x.shape) if wanted[0] else None
+    dresidual = x.new_empty(x.shape) if wanted[1] else None
+    parts = min(parts_for(rows), max(PARTIAL_SUMS // cols, 1))
+    dweight, dbias = (partial_sums(x, parts, rstd.dtype) if w else None for w in wanted[2:])
+    outs = [out for out in (dx, dresidual) if out is not None]
+    kinds = tuple(map(_kind, (dy, x, mean, rstd, weight, dx, dresidual, dsum, dweight, dbias)))
+    sums = next((t for t in (dweight, dbias) if t is not None), rstd)
+    _backward(
+        parts, 2 * x.numel(),
+        _optional(dx), _optional(dresidual), _optional(dweight), _optional(dbias),
+        address(dy), _optional(dsum), address(x), _optional(weight), _optional(mean), address(rstd),
+        kinds, rows, cols, dy.stride(0), 0 if dsum is None else dsum.stride(0), _grid_of(x),
+        sums.stride(0), parts, weight_offset, 1 if outs else None, dropout,
+        bool(outs) and streamed(*outs),
+    )  # fmt: skip
+    grads = [
+        x.new_empty(0) if t is None else t.sum(0)[:cols].to(like.dtype)
+        for t, like in ((dweight, weight), (dbias, bias))
+    ]
+    empty = (dy.new_empty(0), x.new_empty(0))
+    return [e if t is None else t for t, e in zip((dx, dresidual), empty, strict=True)] + grads
