@@ -92,6 +92,54 @@ def test_norms_start_as_those_of_torch(name):
         assert torch.equal(a, b)
 
 
+class Sum(nn.Module):
+    """What an adding norm does, of torch's own modules: both results side by side."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x, residual):
+        total = x + residual
+        return torch.cat([self.norm(total), total], -1)
+
+
+class Ours(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x, residual):
+        return torch.cat(self.norm(x, residual), -1)
+
+
+@pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm"])
+def test_norms_that_add(name):
+    torch.manual_seed(0)
+    ours = Ours(getattr(tilewise.nn, f"Add{name}")((4, 33), 0.1, dropout_p=0.5).eval())
+    theirs = Sum(getattr(nn, name)((4, 33), 0.1))
+    hold(*same_weights(ours, theirs), torch.randn(70, 4, 33), torch.randn(70, 4, 33))
+
+
+@pytest.mark.parametrize("name", ["AddRMSNorm", "AddLayerNorm"])
+def test_norms_that_add_drop_only_in_training(name):
+    module = getattr(tilewise.nn, name)(64, dropout_p=0.5)
+    x, zero = torch.ones(100, 64), torch.zeros(100, 64)
+    assert torch.equal(module.eval()(x, zero)[1], x)
+    total = module.train()(x, zero)[1]
+    assert set(total.unique().tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm"])
+def test_norms_with_an_offset_start_as_those_without(name):
+    x = torch.randn(3, 16)
+    plain = getattr(tilewise.nn, name)(16)
+    offset = getattr(tilewise.nn, name)(16, bias=True, weight_offset=1.0)
+    assert torch.equal(offset.weight, torch.zeros(16))
+    assert torch.equal(offset.bias, torch.zeros(16))
+    assert torch.equal(offset(x), plain(x))
+
+
 @pytest.mark.parametrize("name, word", [("RMSNorm", "rms_norm"), ("LayerNorm", "layer_norm")])
 def test_norms_refuse_another_shape(name, word):
     module = getattr(tilewise.nn, name)((3, 8))

@@ -3,14 +3,16 @@
 from tilewise.nn.cross_entropy import CrossEntropyLoss
 from tilewise.nn.gelu import GELU
 from tilewise.nn.glu import GLU
-from tilewise.nn.layer_norm import LayerNorm
-from tilewise.nn.rms_norm import RMSNorm
+from tilewise.nn.layer_norm import AddLayerNorm, LayerNorm
+from tilewise.nn.rms_norm import AddRMSNorm, RMSNorm
 from tilewise.nn.rotary import Rotary
 from tilewise.nn.softmax import LogSoftmax, Softmax
 
 __all__ = [
     "GELU",
     "GLU",
+    "AddLayerNorm",
+    "AddRMSNorm",
     "CrossEntropyLoss",
     "LayerNorm",
     "LogSoftmax",

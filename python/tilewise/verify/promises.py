@@ -72,7 +72,8 @@ def _whole_heads(kernel: Kernel) -> bool:
     return size["seq_q"] >= 64 and size["dim"] in (64, 128) and "mask" not in size
 
 
-_ROWS = ("rms_norm", "layer_norm", "softmax", "log_softmax")
+_NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
+_ROWS = (*_NORMS, "softmax", "log_softmax")
 _ELEMENTS = ("gelu", "glu")
 PROMISES: Sequence[Promise] = (
     Promise(_ROWS, sizes=_aligned("cols"), wide=True),
