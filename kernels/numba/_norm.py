@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tilewise.kernels.numba._norm_rows import add_row, write_gradient, write_row
 from tilewise.kernels.numba._parallel import Kernel, callee
 from tilewise.kernels.numba._philox import keep, philox
 from tilewise.kernels.numba._shared import partial_sums, parts_for
@@ -20,17 +21,9 @@ from tilewise.kernels.numba._simd import (
     pointer,
     real,
     reciprocal_root,
-    rounded,
     store,
 )
-from tilewise.kernels.numba._stream import (
-    CHUNK,
-    chunk_of,
-    finish_writes,
-    scratch,
-    streamed,
-    write_chunk,
-)
+from tilewise.kernels.numba._stream import CHUNK, finish_writes, scratch, streamed
 
 CONTIGUOUS = torch.contiguous_format
 INTEGER = np.int64(0)
@@ -78,22 +71,15 @@ def _keep_chunk(factors, dropout, row, start, count):
 @callee
 def _add_row(total, x, residual, cols, dropout, row):
     """total = dropout(x) + residual."""
-    own, factors = scratch(total), scratch(total)
-    zero = real(total, 0)
-    for start in range(0, cols, CHUNK):
-        count = min(CHUNK, cols - start)
-        out = chunk_of(offset(total, start), own, False)
-        branch, stream = offset(x, start), offset(residual, start)
-        if dropout is None:
-            for j in range(count):
-                store(out, j, load(branch, j) + load(stream, j))
-        else:
+    if dropout is None:
+        add_row(total, x, residual, None, cols)
+    else:
+        factors = scratch(total)
+        for start in range(0, cols, CHUNK):
+            count = min(CHUNK, cols - start)
             _keep_chunk(factors, dropout, row, start, count)
-            for j in range(count):
-                factor = load(factors, j)
-                kept = load(branch, j) * factor
-                store(out, j, (zero if factor == zero else kept) + load(stream, j))
-        write_chunk(offset(total, start), out, count, False)
+            branch, stream = offset(x, start), offset(residual, start)
+            add_row(offset(total, start), branch, stream, factors, count)
 
 
 @callee
@@ -117,31 +103,6 @@ def _statistics(x, cols, eps, means):
         mean += left
     variance = square_sum / real(x, cols) - left * left
     return mean, reciprocal_root(variance + real(x, eps))
-
-
-@callee
-def _write_row(y, x, weight, bias, mean, rstd, cols, weight_offset, llama, past_caches):
-    own, added = scratch(y), real(y, weight_offset)
-    for start in range(0, cols, CHUNK):
-        count = min(CHUNK, cols - start)
-        out = chunk_of(offset(y, start), own, past_caches)
-        source, scale, shift = offset(x, start), offset(weight, start), offset(bias, start)
-        for j in range(count):
-            v = (load(source, j) - mean) * rstd
-            if llama is not None:
-                v = rounded(y, v)
-            if weight is not None:
-                factor = real(y, load(scale, j)) + added
-                if llama is not None:
-                    v = rounded(weight, v * rounded(weight, factor))
-                else:
-                    v = v * factor
-            if bias is not None:
-                v += real(y, load(shift, j))
-                if llama is not None:
-                    v = rounded(bias, v)
-            store(out, j, v)
-        write_chunk(offset(y, start), out, count, past_caches)
 
 
 @callee
@@ -169,36 +130,21 @@ def _write_gradient(
     dx, dresidual, dy, dsum, x, weight, mean, rstd, g_mean, dot_mean,
     cols, weight_offset, dropout, row, past_caches,
 ):  # fmt: skip
-    """rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum, with g = dy * weight."""
-    own, factors = scratch(dy), scratch(dy)
-    added, zero = real(dy, weight_offset), real(dy, 0)
-    for start in range(0, cols, CHUNK):
-        count = min(CHUNK, cols - start)
-        out = own
-        if dresidual is None:
-            out = chunk_of(offset(dx, start), own, past_caches)
-        elif dx is None:
-            out = chunk_of(offset(dresidual, start), own, past_caches)
-        d, source, scale = offset(dy, start), offset(x, start), offset(weight, start)
-        beside = offset(dsum, start)
-        for j in range(count):
-            g = load(d, j)
-            if weight is not None:
-                g = g * (real(dy, load(scale, j)) + added)
-            v = rstd * (g - g_mean - (load(source, j) - mean) * rstd * dot_mean)
-            if dsum is not None:
-                v += load(beside, j)
-            store(out, j, v)
-        if dresidual is not None:
-            write_chunk(offset(dresidual, start), out, count, past_caches)
-        if dx is not None:
-            if dropout is not None:
-                _keep_chunk(factors, dropout, row, start, count)
-                for j in range(count):
-                    factor = load(factors, j)
-                    kept = load(out, j) * factor
-                    store(out, j, zero if factor == zero else kept)
-            write_chunk(offset(dx, start), out, count, past_caches)
+    if dropout is None:
+        write_gradient(
+            dx, dresidual, dy, dsum, x, weight, None, mean, rstd, g_mean, dot_mean,
+            real(dy, weight_offset), cols, past_caches,
+        )  # fmt: skip
+    else:
+        factors = scratch(dy)
+        for start in range(0, cols, CHUNK):
+            count = min(CHUNK, cols - start)
+            _keep_chunk(factors, dropout, row, start, count)
+            write_gradient(
+                offset(dx, start), offset(dresidual, start), offset(dy, start),
+                offset(dsum, start), offset(x, start), offset(weight, start), factors,
+                mean, rstd, g_mean, dot_mean, real(dy, weight_offset), count, past_caches,
+            )  # fmt: skip
 
 
 # --- The kernels.
@@ -215,15 +161,16 @@ def _forward(
     for i in range(part * rows // parts, (part + 1) * rows // parts):
         x = offset(pointer(x_at, kind), _start(i, grid))
         y = offset(pointer(y_at, kind), i * cols)
+        added = real(y, weight_offset)
         if residual_at is None:
             mean, rstd = _statistics(x, cols, eps, means)
-            _write_row(y, x, weight, bias, mean, rstd, cols, weight_offset, llama, past_caches)
+            write_row(y, x, weight, bias, mean, rstd, added, cols, llama, past_caches)
         else:
             residual = offset(pointer(residual_at, sum_kind), i * residual_stride)
             total = offset(pointer(sum_at, sum_kind), i * cols)
             _add_row(total, x, residual, cols, dropout, i)
             mean, rstd = _statistics(total, cols, eps, means)
-            _write_row(y, total, weight, bias, mean, rstd, cols, weight_offset, llama, past_caches)
+            write_row(y, total, weight, bias, mean, rstd, added, cols, llama, past_caches)
         if mean_at is not None:
             store(means, i, mean)
         store(rstds, i, rstd)
@@ -319,12 +266,13 @@ def normalise(
     rstd = x.new_empty(rows, dtype=torch.promote_types(x.dtype, torch.float32))
     mean = torch.empty_like(rstd) if centred else None
     parts = parts_for(rows)
+    llama = 1 if casting == "llama" and x.itemsize == 2 else None  # else nothing is rounded
     kinds = (kind(x), _kind(residual), _kind(mean), kind(rstd), _kind(weight), _kind(bias))
     _forward(
         parts, x.numel(), address(y), _optional(total), _optional(mean), address(rstd),
         address(x), _optional(residual), _optional(weight), _optional(bias), kinds,
         rows, cols, _grid_of(x), 0 if residual is None else residual.stride(0), parts,
-        eps, weight_offset, 1 if casting == "llama" else None, dropout, streamed(y),
+        eps, weight_offset, llama, dropout, streamed(y),
     )  # fmt: skip
     return [out for out in (y, total, mean, rstd) if out is not None]
 

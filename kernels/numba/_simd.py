@@ -126,19 +126,6 @@ def store(typing_context, p, i, value):
 
 
 @intrinsic
-def rounded(typing_context, p, value):
-    """`value` as `store` would round it to the kind of `p`."""
-
-    def emit(context, builder, signature, args):
-        if p.dtype not in (types.int16, types.uint16):
-            return args[1]
-        half = HALF if p.dtype == types.int16 else BRAIN
-        return builder.fpext(builder.fptrunc(args[1], half), FLOAT)
-
-    return value(p, value), emit
-
-
-@intrinsic
 def real(typing_context, kind, value):
     """`value` in the type the arithmetic on `kind` (a kind or a pointer) is done in."""
     result = _wide(kind.dtype if isinstance(kind, types.CPointer) else types.unliteral(kind))

@@ -1,8 +1,8 @@
-"""Rows written a chunk at a time: computed into scratch, rounded there, and past the caches.
+"""Loops over a row in LLVM's vectors, whatever the kinds, and stores past the caches.
 
-LLVM's vectoriser takes four lanes where a loop ends in 16-bit floats, and sixteen where it ends in
-fp32; and a store that does not first read the line it fills is 1.5 to 1.8 x as fast where the
-output is larger than the caches (one thread of an AMD Zen 5, 4096 x 1024 in fp32, 2026-11).
+LLVM's own vectoriser takes four lanes where a loop ends in 16-bit floats; and a store that does not
+first read the line it fills is 1.5 to 1.8 x as fast where the output is larger than the caches (one
+thread of an AMD Zen 5, 4096 x 1024 in fp32, 2026-11).
 """
 
 import numpy as np
@@ -12,15 +12,17 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from tilewise.kernels.numba._matmul import vector_of
+from tilewise.kernels.numba._matmul import lanes_of, splat
 from tilewise.kernels.numba._parallel import INT32, INT64
-from tilewise.kernels.numba._simd import BRAIN, HALF, _wide
+from tilewise.kernels.numba._simd import BRAIN, DOUBLE, FLOAT, HALF, _wide
 
-CHUNK = np.int64(1024)  # elements: two chunks of scratch and two of inputs stay in L1
+CHUNK = np.int64(1024)  # elements of scratch: two such, and two inputs as long, stay in L1
 LINE = 64  # bytes
 
 # Below this an output is likely to be read again from the caches, and worth keeping there.
 STREAMED_BYTES = 1 << 23
+
+_HALVES = {types.int16: HALF, types.uint16: BRAIN}
 
 
 def streamed(*outs: Tensor) -> bool:
@@ -31,6 +33,66 @@ def streamed(*outs: Tensor) -> bool:
         and out.shape[-1] * out.itemsize % LINE == 0
         for out in outs
     )
+
+
+def _wider(t, lanes):
+    return t if lanes == 1 else ir.VectorType(t, lanes)
+
+
+def emit_spread(builder, value, lanes):
+    """A scalar in every lane."""
+    return value if lanes == 1 else splat(builder, value, ir.VectorType(value.type, lanes))
+
+
+def emit_read(builder, kind, p, i, lanes, wide):
+    """Elements `i` and on of `p`, of the Numba type `kind`, as `wide`, fp32 or fp64."""
+    p = builder.gep(p, [i])
+    if lanes > 1:
+        p = builder.bitcast(p, ir.VectorType(p.type.pointee, lanes).as_pointer())
+    value = builder.load(p)
+    value.align = kind.bitwidth // 8
+    if kind == types.uint16:
+        bits = _wider(INT32, lanes)
+        sixteen = ir.Constant(INT32, 16) if lanes == 1 else ir.Constant(bits, [16] * lanes)
+        value = builder.bitcast(
+            builder.shl(builder.zext(value, bits), sixteen), _wider(FLOAT, lanes)
+        )
+    elif kind == types.int16:
+        value = builder.bitcast(value, _wider(HALF, lanes))
+    return value if value.type == _wider(wide, lanes) else builder.fpext(value, _wider(wide, lanes))
+
+
+def emit_rounded(builder, kind, value, lanes):
+    """`value` as `kind` would hold it."""
+    if kind not in _HALVES:
+        return value
+    return builder.fpext(builder.fptrunc(value, _wider(_HALVES[kind], lanes)), value.type)
+
+
+def emit_write(builder, kind, p, i, value, lanes, past_caches):
+    """Round to `kind` and write to elements `i` and on of `p`."""
+    if kind in _HALVES:
+        value = builder.fptrunc(value, _wider(_HALVES[kind], lanes))
+        value = builder.bitcast(value, _wider(ir.IntType(16), lanes))
+    elif kind == types.float32 and value.type == _wider(DOUBLE, lanes):
+        value = builder.fptrunc(value, _wider(FLOAT, lanes))
+    stored = builder.store(value, builder.bitcast(builder.gep(p, [i]), value.type.as_pointer()))
+    stored.align = kind.bitwidth // 8 * (lanes if past_caches else 1)
+    if past_caches and lanes > 1:
+        stored.set_metadata("nontemporal", builder.module.add_metadata([INT32(1)]))
+
+
+def emit_loop(builder, count, wide, streamed, step):
+    """step(i, lanes, past_caches) over `count` elements: in vectors, the rest one by one."""
+    lanes = lanes_of(wide)
+    whole = builder.sdiv(count, INT64(lanes))
+    with builder.if_else(streamed) as branches:
+        for branch, past_caches in zip(branches, (True, False), strict=True):
+            with branch, cgutils.for_range(builder, whole) as loop:
+                step(builder.mul(loop.index, INT64(lanes)), lanes, past_caches)
+    done = builder.mul(whole, INT64(lanes))
+    with cgutils.for_range_slice(builder, done, count, INT64(1)) as (i, _):
+        step(i, 1, False)
 
 
 @intrinsic
@@ -45,68 +107,6 @@ def scratch(typing_context, p):
         return builder.bitcast(slot, size.element.as_pointer())
 
     return types.CPointer(wide)(p), emit
-
-
-def _rounded(builder, value, kind):
-    """A scalar or vector of fp32 or fp64 as `kind` is stored."""
-    if kind not in (types.int16, types.uint16):
-        return value
-    half, bits = HALF if kind == types.int16 else BRAIN, ir.IntType(16)
-    if isinstance(value.type, ir.VectorType):
-        half, bits = (ir.VectorType(t, value.type.count) for t in (half, bits))
-    return builder.bitcast(builder.fptrunc(value, half), bits)
-
-
-@intrinsic
-def chunk_of(typing_context, to, source, streamed):
-    """Where to compute what `write_chunk` writes: in scratch, or at once in place if it can be."""
-
-    def emit(context, builder, signature, args):
-        to, source, streamed = args
-        return builder.select(streamed, source, to) if to.type == source.type else source
-
-    return source(to, source, types.boolean), emit
-
-
-@intrinsic
-def write_chunk(typing_context, to, source, count, streamed):
-    """Round `count` elements to the kind of `to`, and write them there unless they are there."""
-    kind = to.dtype
-
-    def emit(context, builder, signature, args):
-        to, source, count, streamed = args
-        vector = vector_of(source.type.pointee)
-        whole = builder.sdiv(count, INT64(vector.count))
-
-        def write_vectors(past_caches):
-            with cgutils.for_range(builder, whole) as loop:
-                start = builder.mul(loop.index, INT64(vector.count))
-                place = builder.bitcast(builder.gep(source, [start]), vector.as_pointer())
-                value = builder.load(place)
-                value.align = LINE // 4
-                value = _rounded(builder, value, kind)
-                size = value.type.count * kind.bitwidth // 8
-                target = builder.bitcast(builder.gep(to, [start]), value.type.as_pointer())
-                stored = builder.store(value, target)
-                stored.align = size if past_caches else kind.bitwidth // 8
-                if past_caches:
-                    always = builder.module.add_metadata([INT32(1)])
-                    stored.set_metadata("nontemporal", always)
-
-        places = (builder.ptrtoint(p, INT64) for p in (to, source))
-        with builder.if_then(builder.icmp_unsigned("!=", *places)):
-            with builder.if_else(streamed) as (yes, no):
-                with yes:
-                    write_vectors(True)
-                with no:
-                    write_vectors(False)
-            done = builder.mul(whole, INT64(vector.count))
-            with cgutils.for_range_slice(builder, done, count, INT64(1)) as (i, _):
-                value = _rounded(builder, builder.load(builder.gep(source, [i])), kind)
-                builder.store(value, builder.gep(to, [i]))
-        return context.get_dummy_value()
-
-    return types.void(to, source, types.int64, types.boolean), emit
 
 
 @intrinsic

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from tilewise.kernels.triton._norm import NO_DROPOUT, differentiate, dropout_of, normalise
+from tilewise.kernels.triton._shared import SEARCH_SPACE as SEARCH_SPACE
 
 
 def rms_norm_forward(

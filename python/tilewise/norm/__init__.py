@@ -1,6 +1,6 @@
 """What the two families of norms share, below the ops: formula, refusals, gradients."""
 
-from tilewise.norm.formula import added, norm_inputs, normalised, plain_only
+from tilewise.norm.formula import MIXED, added, norm_inputs, normalised, plain_only
 from tilewise.norm.launch import (
     add_and_normalise,
     normalise,
@@ -9,6 +9,7 @@ from tilewise.norm.launch import (
 )
 
 __all__ = [
+    "MIXED",
     "add_and_normalise",
     "added",
     "norm_inputs",

@@ -120,6 +120,9 @@ def check_residual(op: str, x: Tensor, residual: Tensor, dropout_p: float) -> No
 
 # --- What the ops declare.
 
+# Everything at once: a size that says so differs from the others in all that a kernel is told.
+MIXED = {"residual": "wide", "weight": "float32", "bias": True, "dropout_p": 0.3}
+
 
 def norm_inputs(
     rows: int,

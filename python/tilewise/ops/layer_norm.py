@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from tilewise.norm import (
+    MIXED,
     add_and_normalise,
     added,
     norm_inputs,
@@ -173,12 +174,11 @@ LAYER_NORM = declare(
             {"rows": 1, "cols": 1, "weight": None},  # nothing is left: dx is 0
             {"rows": 3, "cols": 127, "bias": True},  # one short of a block, rows misaligned
             {"rows": 5, "cols": 64, "weight": "float32", "bias": True, "casting": "llama"},
-            {"rows": 5, "cols": 64, "weight_offset": 1.0},
-            {"rows": 5, "cols": 65, "weight": None, "bias": True},
-            {"rows": 64, "cols": 100, "mean": 30.0},  # x^2 dwarfs the variance
+            {"rows": 5, "cols": 65, "weight": None},
+            {"rows": 64, "cols": 100, "bias": True, "mean": 30.0},  # x^2 dwarfs the variance
             {"rows": 35, "cols": 1000, "bias": True},  # several parts in parallel; 8 divides cols
-            {"rows": 300, "cols": 16, "bias": True},  # several rows in a part
-            {"rows": 7, "cols": 16389, "bias": True},  # wider than one block of registers
+            {"rows": 300, "cols": 16, "bias": True, "weight_offset": 1.0},  # several rows in a part
+            {"rows": 3, "cols": 16389, "bias": True},  # wider than one block of registers
         ],
         workloads=[{"rows": 4096, "cols": cols, "bias": True} for cols in (1024, 4096)],
         bytes_moved=lambda x, *parameters, **options: 2 * x.nbytes,
@@ -196,14 +196,14 @@ ADD_LAYER_NORM = declare(
         backends=ADD_BACKENDS,
         inputs=partial(norm_inputs, residual="like x"),
         sizes=[
-            {"rows": 3, "cols": 8},
+            {"rows": 3, "cols": 8, "bias": True},
             {"rows": 0, "cols": 64},  # empty batch
             {"rows": 3, "cols": 0, "dropout_p": 0.3},  # empty rows
-            {"rows": 7, "cols": 127, "residual": "wide"},  # misaligned, two dtypes
+            {"rows": 7, "cols": 127, "bias": True},  # one short of a block, rows misaligned
             {"rows": 5, "cols": 65, "weight": None, "dropout_p": 0.3},  # part of a group of four
-            {"rows": 5, "cols": 1000, "bias": True, "dropout_p": 0.3},
-            {"rows": 70, "cols": 16, "residual": "wide", "weight": "float32"},
-            {"rows": 3, "cols": 16389, "dropout_p": 0.3},  # wider than one block of registers
+            {"rows": 5, "cols": 1000, **MIXED},  # 8 divides cols
+            {"rows": 70, "cols": 16, **MIXED},  # several rows in a part
+            {"rows": 3, "cols": 16389, **MIXED},  # wider than one block of registers
         ],
         workloads=[{"rows": 4096, "cols": cols, "bias": True} for cols in (1024, 4096)],
         bytes_moved=lambda x, residual, *parameters, **options: 2 * (x.nbytes + residual.nbytes),

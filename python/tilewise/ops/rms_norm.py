@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from tilewise.norm import (
+    MIXED,
     add_and_normalise,
     added,
     norm_inputs,
@@ -184,11 +185,11 @@ RMS_NORM = declare(
             {"rows": 3, "cols": 8},
             {"rows": 0, "cols": 64},  # empty batch
             {"rows": 3, "cols": 0},  # empty rows
-            {"rows": 1, "cols": 1},
+            {"rows": 1, "cols": 1, "weight": None},
             {"rows": 3, "cols": 127},  # one short of a block, rows misaligned
-            {"rows": 5, "cols": 64, "weight": "float32", "casting": "llama"},
+            {"rows": 5, "cols": 64, "weight": "float32", "bias": True, "casting": "llama"},
             {"rows": 5, "cols": 65, "weight": None},
-            {"rows": 35, "cols": 1000, "bias": True},  # several parts in parallel; 8 divides cols
+            {"rows": 35, "cols": 1000},  # several parts in parallel; 8 divides cols
             {"rows": 300, "cols": 16, "weight_offset": 1.0},  # several rows in a part
             {"rows": 3, "cols": 16389},  # wider than one block of registers
         ],
@@ -211,11 +212,11 @@ ADD_RMS_NORM = declare(
             {"rows": 3, "cols": 8},
             {"rows": 0, "cols": 64},  # empty batch
             {"rows": 3, "cols": 0, "dropout_p": 0.3},  # empty rows
-            {"rows": 7, "cols": 127, "residual": "wide"},  # misaligned, two dtypes
+            {"rows": 7, "cols": 127},  # one short of a block, rows misaligned
             {"rows": 5, "cols": 65, "weight": None, "dropout_p": 0.3},  # part of a group of four
-            {"rows": 5, "cols": 1000, "bias": True, "dropout_p": 0.3},
-            {"rows": 70, "cols": 16, "residual": "wide", "weight": "float32"},
-            {"rows": 3, "cols": 16389, "dropout_p": 0.3},  # wider than one block of registers
+            {"rows": 5, "cols": 1000, **MIXED},  # 8 divides cols
+            {"rows": 70, "cols": 16, **MIXED},  # several rows in a part
+            {"rows": 3, "cols": 16389, **MIXED},  # wider than one block of registers
         ],
         workloads=[{"rows": 4096, "cols": cols} for cols in (1024, 4096)],
         bytes_moved=lambda x, residual, *parameters, **options: 2 * (x.nbytes + residual.nbytes),
