@@ -14,8 +14,8 @@ from tilewise.models import Classifier, Encoder, EncoderConfig, MaskedLanguageMo
 pytestmark = pytest.mark.usefixtures("on_the_device")
 
 GPT = {"positions": "learned", "norm": "layer_norm", "feed_forward": "gelu", "bias": True}
-LLAMA_OPS = {"rms_norm", "rotary", "attention", "glu"}
-GPT_OPS = {"layer_norm", "attention", "gelu"}
+LLAMA_OPS = {"rms_norm", "add_rms_norm", "rotary", "attention", "glu"}
+GPT_OPS = {"layer_norm", "add_layer_norm", "attention", "gelu"}
 
 
 def bert():
@@ -31,7 +31,7 @@ MODELS = {
     "gpt": (lambda: decoder(**GPT), 1, GPT_OPS),
     "bert": (lambda: MaskedLanguageModel(bert()), 1, GPT_OPS),
     "classifier": (lambda: Classifier(bert(), 5), 1, GPT_OPS),
-    "2017": (encoder_decoder, 2, {"layer_norm", "attention"}),
+    "2017": (encoder_decoder, 2, {"add_layer_norm", "attention"}),
 }
 
 

@@ -165,16 +165,20 @@ class EncoderBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.attention = Attention(dim, heads)
-        self.attention_norm = tilewise.nn.LayerNorm(dim, eps)
+        self.attention_norm = tilewise.nn.AddLayerNorm(dim, eps, dropout_p=dropout)
         self.feed_forward = FeedForward(dim, hidden, feed_forward)
-        self.feed_forward_norm = tilewise.nn.LayerNorm(dim, eps)
-        self.dropout = nn.Dropout(dropout)
+        self.feed_forward_norm = tilewise.nn.AddLayerNorm(dim, eps, dropout_p=dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """`[batch, seq, dim]` to the same, reading only the positions that `mask` allows."""
-        x = self.attention_norm(x + self.dropout(self.attention(x, mask=mask)))
-        x = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
-        return x
+        x = add_and_norm(self.attention_norm, self.attention(x, mask=mask), x)
+        return add_and_norm(self.feed_forward_norm, self.feed_forward(x), x)
+
+
+def add_and_norm(norm: nn.Module, branch: Tensor, x: Tensor) -> Tensor:
+    """norm(dropout(branch) + x), in the dtype of `x`: under autocast the branch has a lower one."""
+    y: Tensor = norm(branch.to(x.dtype), x)[0]
+    return y
 
 
 def padding_mask(kept: Tensor | None) -> Tensor | None:
@@ -192,6 +196,13 @@ def make_norm(kind: str, dim: int, eps: float, bias: bool = True) -> nn.Module:
     if kind == "rms_norm":
         return tilewise.nn.RMSNorm(dim, eps)
     return tilewise.nn.LayerNorm(dim, eps, bias=bias)
+
+
+def make_add_norm(kind: str, dim: int, eps: float, bias: bool, dropout: float) -> nn.Module:
+    """As `make_norm`, of the sum of a branch, that `dropout` thins out, and the stream."""
+    if kind == "rms_norm":
+        return tilewise.nn.AddRMSNorm(dim, eps, dropout_p=dropout)
+    return tilewise.nn.AddLayerNorm(dim, eps, bias=bias, dropout_p=dropout)
 
 
 @torch.no_grad()

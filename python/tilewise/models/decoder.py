@@ -19,6 +19,7 @@ from tilewise.models.blocks import (
     KVCache,
     default_hidden,
     initialise,
+    make_add_norm,
     make_caches,
     make_norm,
 )
@@ -123,8 +124,9 @@ class Decoder(nn.Module):
         else:
             self.rotary = tilewise.nn.Rotary(head_dim, config.context, base=config.rotary_base)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
-        self.norm = make_norm(config.norm, config.dim, config.eps, config.bias)
+        self.blocks = nn.ModuleList(DecoderBlock(config, i == 0) for i in range(config.layers))
+        norm = config.norm, config.dim, config.eps, config.bias
+        self.norm = make_add_norm(*norm, config.dropout)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         initialise(self, branches=2 * config.layers)
         if config.tied:
@@ -172,9 +174,10 @@ class Decoder(nn.Module):
         if self.positions is not None:
             x = x + self.positions.weight[offset : offset + tokens.shape[1]]
         x = self.dropout(x)
+        branch = None  # what is added, together with the norm that follows
         for i, block in enumerate(self.blocks):
-            x = block(x, self.rotary, cache[i] if cache else None)
-        x = self.norm(x)
+            branch, x = block(branch, x, self.rotary, cache[i] if cache else None)
+        x, _ = self.norm(branch, x)
         return x
 
     def make_cache(self, batch: int, capacity: int | None = None) -> list[KVCache]:
@@ -194,23 +197,33 @@ class Decoder(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Attention to the past, then feed-forward, each normalised before and added to the stream."""
+    """Attention to the past, then feed-forward, each normalised before and added to the stream.
 
-    def __init__(self, config: DecoderConfig) -> None:
+    A sum and the norm that follows are one op: a block takes and leaves the last branch unadded.
+    """
+
+    def __init__(self, config: DecoderConfig, first: bool) -> None:
         super().__init__()
         hidden = config.hidden or default_hidden(config.dim, config.feed_forward)
-        self.attention_norm = make_norm(config.norm, config.dim, config.eps, config.bias)
+        norm = config.norm, config.dim, config.eps, config.bias
+        self.attention_norm = make_norm(*norm) if first else make_add_norm(*norm, config.dropout)
         self.attention = Attention(config.dim, config.heads, config.kv_heads, config.bias)
-        self.feed_forward_norm = make_norm(config.norm, config.dim, config.eps, config.bias)
+        self.feed_forward_norm = make_add_norm(*norm, config.dropout)
         self.feed_forward = FeedForward(config.dim, hidden, config.feed_forward, config.bias)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, rotary: tilewise.nn.Rotary | None, cache: KVCache | None
-    ) -> Tensor:
-        """`[batch, seq, dim]` to `[batch, seq, dim]`."""
-        y = self.attention(self.attention_norm(x), causal=True, rotary=rotary, cache=cache)
-        x = x + self.dropout(y)
-        y = self.feed_forward(self.feed_forward_norm(x))
-        x = x + self.dropout(y)
-        return x
+        self,
+        branch: Tensor | None,
+        x: Tensor,
+        rotary: tilewise.nn.Rotary | None,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The branch to add, None in the first block, and the stream, `[batch, seq, dim]`; again
+        the same."""
+        if branch is None:
+            y = self.attention_norm(x)
+        else:
+            y, x = self.attention_norm(branch, x)
+        y = self.attention(y, causal=True, rotary=rotary, cache=cache)
+        y, x = self.feed_forward_norm(y, x)
+        return self.feed_forward(y), x

@@ -13,6 +13,7 @@ from tilewise.models.blocks import (
     EncoderBlock,
     FeedForward,
     KVCache,
+    add_and_norm,
     initialise,
     make_caches,
     padding_mask,
@@ -245,12 +246,11 @@ class DecoderBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.attention = Attention(dim, heads)
-        self.attention_norm = tilewise.nn.LayerNorm(dim, eps)
+        self.attention_norm = tilewise.nn.AddLayerNorm(dim, eps, dropout_p=dropout)
         self.cross_attention = Attention(dim, heads)
-        self.cross_attention_norm = tilewise.nn.LayerNorm(dim, eps)
+        self.cross_attention_norm = tilewise.nn.AddLayerNorm(dim, eps, dropout_p=dropout)
         self.feed_forward = FeedForward(dim, hidden, feed_forward)
-        self.feed_forward_norm = tilewise.nn.LayerNorm(dim, eps)
-        self.dropout = nn.Dropout(dropout)
+        self.feed_forward_norm = tilewise.nn.AddLayerNorm(dim, eps, dropout_p=dropout)
 
     def forward(
         self,
@@ -263,11 +263,10 @@ class DecoderBlock(nn.Module):
         """`[batch, seq, dim]` to the same; `memory` is `[batch, source_seq, dim]`."""
         past, source = cache if cache else (None, None)
         y = self.attention(x, mask=mask, causal=True, cache=past)
-        x = self.attention_norm(x + self.dropout(y))
+        x = add_and_norm(self.attention_norm, y, x)
         y = self.cross_attention(x, memory, mask=memory_mask, cache=source)
-        x = self.cross_attention_norm(x + self.dropout(y))
-        x = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
-        return x
+        x = add_and_norm(self.cross_attention_norm, y, x)
+        return add_and_norm(self.feed_forward_norm, self.feed_forward(x), x)
 
 
 def sinusoids(positions: int, dim: int) -> Tensor:
