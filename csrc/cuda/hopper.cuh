@@ -4,7 +4,7 @@
 // place of the instructions, and nothing else changes.
 //
 // Elsewhere than on sm_90a the instructions do not exist: a kernel that gets to one traps, and the
-// compiler leaves out what comes after.
+// compiler leaves out what comes after. Clusters are in every GPU since Hopper.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +21,13 @@ namespace tilewise {
 
 __device__ __forceinline__ void require_hopper() {
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL
+  __trap();
+  __builtin_unreachable();
+#endif
+}
+
+__device__ __forceinline__ void require_clusters() {
+#if __CUDA_ARCH__ < 900
   __trap();
   __builtin_unreachable();
 #endif
@@ -247,14 +254,14 @@ __device__ void registers_release() {  // setmaxnreg.dec
 // --- Clusters.
 
 __device__ inline uint32_t cluster_rank() {  // %cluster_ctarank
-  require_hopper();
+  require_clusters();
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 
 __device__ inline uint32_t cluster_size() {  // %cluster_nctarank
-  require_hopper();
+  require_clusters();
   uint32_t size;
   asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return size;
@@ -262,12 +269,12 @@ __device__ inline uint32_t cluster_size() {  // %cluster_nctarank
 
 // Writes before an arrive are seen after the wait, in every block of the cluster.
 __device__ inline void cluster_arrive() {  // barrier.cluster.arrive
-  require_hopper();
+  require_clusters();
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
 __device__ inline void cluster_wait() {  // barrier.cluster.wait
-  require_hopper();
+  require_clusters();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
@@ -279,7 +286,7 @@ __device__ inline void cluster_sync() {
 // The same place in the shared memory of another block of the cluster: loads and stores reach it.
 template <typename T>
 __device__ T* peer(T* pointer, uint32_t rank) {  // mapa
-  require_hopper();
+  require_clusters();
   uint64_t mapped;
   asm volatile("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(pointer), "r"(rank));
   return reinterpret_cast<T*>(mapped);

@@ -22,6 +22,14 @@ using Same = T;
   extern __shared__ __align__(1024) unsigned char dynamic[]; \
   type* name = reinterpret_cast<type*>(dynamic)
 
+// Keep the compiler from knowing what is in a register: what it computed of it before, it computes
+// again, instead of keeping that in registers for as long. The machine does nothing here.
+__device__ __forceinline__ void forget(uint32_t& word) { asm volatile("" : "+r"(word)); }
+
+#else
+
+inline void forget(uint32_t&) {}
+
 #endif
 
 // Dynamic shared memory, aligned for 16-byte accesses.

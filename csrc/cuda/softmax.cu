@@ -1,91 +1,131 @@
-// Softmax: a row is read three times, all but the first from L1 if it fits there.
-#include "cuda/launch.cuh"
-#include "cuda/reduce.cuh"
+// Softmax: a row that its team can hold is read once.
+#include "cuda/row_launch.cuh"
 
 namespace tilewise {
 namespace {
 
+constexpr int kForwardHeld = 8;   // of x
+constexpr int kBackwardHeld = 4;  // of y, and of dy
+
+template <typename T>
+struct SoftmaxForward {
+  T* y;
+  const T* x;
+  int64_t rows, cols, x_stride;
+  float scale;
+  bool log;
+  int blocks;  // of a row
+  bool once;   // whether y is too long to stay in L2
+};
+
 // y = exp(t - m) / sum(exp(t - m)), or its logarithm, with t = scale * x and m = max(t).
-template <int kWidth, bool kLog, typename T>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
-    forward_kernel(T* y, const T* x, int64_t rows, int64_t cols, int64_t x_stride, float scale) {
-  for (int64_t row = first_row(); row < rows; row += row_step()) {
-    const T* x_row = x + row * x_stride;
-    T* y_row = y + row * cols;
+template <typename T, int kHeld, bool kExact>
+__global__ void __launch_bounds__(most_threads(kHeld), least_blocks(kHeld))
+    forward_kernel(SoftmaxForward<T> softmax) {
+  using Columns = Span<kVector<T>, kHeld, kExact>;
+  constexpr int kWidth = Columns::kWidth;
+  Team<Exponentials> team(softmax.blocks);
+  const int64_t row = team.number() * blockDim.y + threadIdx.y;
+  const T* x_row = softmax.x + row * softmax.x_stride;
+  T* y_row = softmax.y + row * softmax.cols;
+  Columns span(softmax.cols, kExact ? 0 : misaligned_by(y_row), team);
+  span.begin(row < softmax.rows);
 
-    float top = -INFINITY;
-    for_columns<kWidth>(cols, [&](int64_t col) {
-      float t[kWidth];
-      load(t, x_row + col);
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) top = fmaxf(top, t[i] * scale);
-    });
-    const float m = row_maximum(top);
-
-    float part = 0.f;
-    for_columns<kWidth>(cols, [&](int64_t col) {
-      float t[kWidth];
-      load(t, x_row + col);
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) part += expf(t[i] * scale - m);
-    });
-    const float sum = row_sum(part);  // NaN where x has NaN or inf, or nothing but -inf
-    const float log_sum = kLog ? logf(sum) : 0.f;
-
-    for_columns<kWidth>(cols, [&](int64_t col) {
-      float t[kWidth];
-      load(t, x_row + col);
+  Held<T, Columns> x;
+  const auto fetch = [&] { x.fetch(span, x_row); };
+  auto exponentials = Exponentials::nothing();
+  span.pass(fetch, [&] {
+    float top = -INFINITY, sum = 0.f, t[kWidth];
+    span.each([&](int k, auto col) {
+      x.get(t, k);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        t[i] = t[i] * scale - m;
-        t[i] = kLog ? t[i] - log_sum : expf(t[i]) / sum;
+        if (span.has(col, i)) top = fmaxf(top, softmax.scale * t[i]);
       }
-      store(y_row + col, t);
     });
-  }
+    const float base = finite_top(top);
+    span.each([&](int k, auto col) {
+      x.get(t, k);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        if (span.has(col, i)) sum += expf(softmax.scale * t[i] - base);
+      }
+    });
+    exponentials = merge(exponentials, {top, sum});
+  });
+  exponentials = team.reduce(exponentials);
+  const float m = exponentials.top;
+  const float sum = exponentials.sum;  // NaN where x has NaN or inf, 0 where it has only -inf
+
+  span.pass(fetch, [&] {
+    const float log_sum = logf(sum), rescale = 1.f / sum;
+    span.each([&](int k, auto col) {
+      float t[kWidth];
+      x.get(t, k);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        t[i] = softmax.scale * t[i] - m;
+        t[i] = softmax.log ? t[i] - log_sum : expf(t[i]) * rescale;
+      }
+      span.write(y_row, col, packed<T>(t), softmax.once);
+    });
+  });
 }
+
+template <typename T>
+struct SoftmaxBackward {
+  T* dx;
+  const T *dy, *y;
+  int64_t rows, cols, dy_stride, y_stride;
+  float scale;
+  bool log;
+  int blocks;
+  bool once;
+};
 
 // dx = scale * y * (dy - sum(dy * y)), or of the logarithm: scale * (dy - exp(y) * sum(dy)).
-template <int kWidth, bool kLog, typename T>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
-    backward_kernel(T* dx, const T* dy, const T* y, int64_t rows, int64_t cols, int64_t dy_stride,
-                    int64_t y_stride, float scale) {
-  for (int64_t row = first_row(); row < rows; row += row_step()) {
-    const T* dy_row = dy + row * dy_stride;
-    const T* y_row = y + row * y_stride;
-    T* dx_row = dx + row * cols;
+template <typename T, int kHeld, bool kExact>
+__global__ void __launch_bounds__(most_threads(kHeld), least_blocks(kHeld))
+    backward_kernel(SoftmaxBackward<T> softmax) {
+  using Columns = Span<kVector<T>, kHeld, kExact>;
+  constexpr int kWidth = Columns::kWidth;
+  Team<Sums<1>> team(softmax.blocks);
+  const int64_t row = team.number() * blockDim.y + threadIdx.y;
+  const T *dy_row = softmax.dy + row * softmax.dy_stride,
+          *y_row = softmax.y + row * softmax.y_stride;
+  T* dx_row = softmax.dx + row * softmax.cols;
+  Columns span(softmax.cols, kExact ? 0 : misaligned_by(dx_row), team);
+  span.begin(row < softmax.rows);
 
-    float sum = 0.f;
-    for_columns<kWidth>(cols, [&](int64_t col) {
+  Held<T, Columns> dy, y;
+  const auto fetch = [&] {
+    dy.fetch(span, dy_row);
+    y.fetch(span, y_row);
+  };
+  auto sums = Sums<1>::nothing();
+  span.pass(fetch, [&] {
+    span.each([&](int k, auto) {
       float g[kWidth], p[kWidth];
-      load(g, dy_row + col);
-      if constexpr (!kLog) load(p, y_row + col);
+      dy.get(g, k);
+      y.get(p, k);
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) sum += kLog ? g[i] : g[i] * p[i];
+      for (int i = 0; i < kWidth; ++i) sums.at[0] += softmax.log ? g[i] : g[i] * p[i];
     });
-    const float dot = row_sum(sum);
+  });
+  const float dot = team.reduce(sums).at[0];
 
-    for_columns<kWidth>(cols, [&](int64_t col) {
+  span.pass(fetch, [&] {
+    span.each([&](int k, auto col) {
       float g[kWidth], p[kWidth];
-      load(g, dy_row + col);
-      load(p, y_row + col);
+      dy.get(g, k);
+      y.get(p, k);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        g[i] = scale * (kLog ? g[i] - expf(p[i]) * dot : p[i] * (g[i] - dot));
+        g[i] = softmax.scale * (softmax.log ? g[i] - expf(p[i]) * dot : p[i] * (g[i] - dot));
       }
-      store(dx_row + col, g);
+      span.write(dx_row, col, packed<T>(g), softmax.once);
     });
-  }
-}
-
-template <int kWidth, typename T>
-auto forward_for(bool log) {
-  return log ? forward_kernel<kWidth, true, T> : forward_kernel<kWidth, false, T>;
-}
-
-template <int kWidth, typename T>
-auto backward_for(bool log) {
-  return log ? backward_kernel<kWidth, true, T> : backward_kernel<kWidth, false, T>;
+  });
 }
 
 }  // namespace
@@ -95,10 +135,20 @@ cudaError_t softmax_forward(void* y, const void* x, int64_t rows, int64_t cols, 
   return for_dtype(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     const bool wide = can_vectorise<kVector<T>>(addresses(y, x), cols, x_stride);
-    const dim3 threads = threads_for(cols, wide ? kVector<T> : 1);
-    return launch(wide ? forward_for<kVector<T>, T>(log) : forward_for<1, T>(log),
-                  blocks_for(rows, threads), threads, 0, stream, static_cast<T*>(y),
-                  static_cast<const T*>(x), rows, cols, x_stride, scale);
+    const Rows taken = rows_of<T>(rows, cols, kForwardHeld, wide);
+    const SoftmaxForward<T> softmax{static_cast<T*>(y),
+                                    static_cast<const T*>(x),
+                                    rows,
+                                    cols,
+                                    x_stride,
+                                    scale,
+                                    log,
+                                    taken.layout.blocks,
+                                    taken.once};
+    return for_held<kForwardHeld, true>(taken, [&](auto held, auto exact) {
+      return launch_rows(forward_kernel<T, held.value, exact.value>, taken.layout, rows, 0, stream,
+                         softmax);
+    });
   });
 }
 
@@ -108,11 +158,22 @@ cudaError_t softmax_backward(void* dx, const void* dy, const void* y, int64_t ro
   return for_dtype(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     const bool wide = can_vectorise<kVector<T>>(addresses(dx, dy, y), cols, dy_stride, y_stride);
-    const dim3 threads = threads_for(cols, wide ? kVector<T> : 1);
-    return launch(wide ? backward_for<kVector<T>, T>(log) : backward_for<1, T>(log),
-                  blocks_for(rows, threads), threads, 0, stream, static_cast<T*>(dx),
-                  static_cast<const T*>(dy), static_cast<const T*>(y), rows, cols, dy_stride,
-                  y_stride, scale);
+    const Rows taken = rows_of<T>(rows, cols, kBackwardHeld, wide);
+    const SoftmaxBackward<T> softmax{static_cast<T*>(dx),
+                                     static_cast<const T*>(dy),
+                                     static_cast<const T*>(y),
+                                     rows,
+                                     cols,
+                                     dy_stride,
+                                     y_stride,
+                                     scale,
+                                     log,
+                                     taken.layout.blocks,
+                                     taken.once};
+    return for_held<kBackwardHeld, false>(taken, [&](auto held, auto exact) {
+      return launch_rows(backward_kernel<T, held.value, exact.value>, taken.layout, rows, 0, stream,
+                         softmax);
+    });
   });
 }
 
