@@ -25,11 +25,10 @@ constexpr int kNarrowThreads = 128;  // of a block with several rows
 constexpr int kBlockThreads = 256;   // of a block that is not alone enough for its row
 constexpr int kTeamThreads = kMaxTeamWarps * kWarpSize;
 
-// Threads that hold no more than this many accesses are for short rows: there, what is on its way
-// to memory is as many threads as a multiprocessor can have, and ptxas is told so.
+// Kernels whose threads hold no more than this many accesses are for short rows: there, what is on
+// its way to memory is as many threads as a multiprocessor can have, and ptxas is told so.
 constexpr int kFewHeld = 2;
-constexpr int most_threads(int held) { return held <= kFewHeld ? kNarrowThreads : kTeamThreads; }
-constexpr int least_blocks(int held) { return held <= kFewHeld ? 10 : 1; }
+constexpr int kFewBlocks = 10;
 
 struct Layout {
   int threads;  // of a row, in each of its blocks

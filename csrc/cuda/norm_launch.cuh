@@ -6,86 +6,88 @@
 
 namespace tilewise {
 
-constexpr int kForwardHeld = 8;   // of x
-constexpr int kBackwardHeld = 4;  // of x, and of dy
+// Accesses that a thread holds: of x; of x and the residual, fewer if that is twice as wide; of dy
+// and x; of dy, dsum and the sum.
+template <bool kAdds, typename T, typename R>
+constexpr int kForwardHeld = !kAdds                  ? 8
+                             : sizeof(R) > sizeof(T) ? 2
+                                                     : 4;
+template <bool kAdds>
+constexpr int kBackwardHeld = kAdds ? 2 : 4;
 
 constexpr int64_t kReservedBytes = 4096;  // of shared memory, for a team's inboxes
 
-// Whether a parameter of one dtype can be beside an x of the other.
-inline bool is_parameter(DType parameter, DType dtype) {
-  return parameter == dtype || parameter == DType::f32;
+// Call body with the types of x and of what x is added to: the same, or fp32. Where nothing is
+// added there is only the first.
+template <bool kAdds, typename Body>
+cudaError_t for_streams(DType dtype, DType residual_dtype, DType weight_dtype, Body body) {
+  if (weight_dtype != dtype && weight_dtype != DType::f32) return cudaErrorInvalidValue;
+  if constexpr (kAdds) {
+    return for_dtypes(dtype, residual_dtype, body);
+  } else {
+    return for_dtype(dtype, [&](auto t) { return body(t, t); });
+  }
 }
 
-template <bool kCentred>
-cudaError_t norm_forward(void* y, float* mean, float* rstd, const void* x, const void* weight,
-                         const void* bias, int64_t rows, int64_t cols, int64_t x_stride, float eps,
-                         DType dtype, DType weight_dtype, cudaStream_t stream) {
-  if (!is_parameter(weight_dtype, dtype)) return cudaErrorInvalidValue;
-  return for_dtype(dtype, [&](auto t) {
+inline bool is_aligned(const Places& places, int width) {
+  return places.outer_stride % width == 0 && places.middle_stride % width == 0 &&
+         places.inner_stride % width == 0;
+}
+
+// One stride from row to row.
+inline Places even(int64_t rows, int64_t stride) { return {1, rows, 0, 0, stride}; }
+
+template <bool kCentred, bool kAdds>
+cudaError_t norm_forward(NormForward norm, DType residual_dtype, DType dtype, DType weight_dtype,
+                         cudaStream_t stream) {
+  norm.weight.is_single = norm.bias.is_single = weight_dtype == DType::f32;
+  return for_streams<kAdds>(dtype, residual_dtype, weight_dtype, [&](auto t, auto s) {
     using T = typename decltype(t)::type;
-    const bool wide = can_vectorise<kVector<T>>(addresses(y, x, weight, bias), cols, x_stride);
-    const Rows taken = rows_of<T>(rows, cols, kForwardHeld, wide);
-    const bool is_single = weight_dtype == DType::f32;
-    const NormForward<T> norm{static_cast<T*>(y),
-                              mean,
-                              rstd,
-                              static_cast<const T*>(x),
-                              {weight, is_single},
-                              {bias, is_single},
-                              rows,
-                              cols,
-                              x_stride,
-                              eps,
-                              taken.layout.blocks,
-                              taken.once};
-    return for_held<kForwardHeld, true>(taken, [&](auto held, auto exact) {
-      return launch_rows(norm_forward_kernel<kCentred, T, held.value, exact.value>, taken.layout,
-                         rows, 0, stream, norm);
+    using R = typename decltype(s)::type;
+    constexpr int kHeld = kForwardHeld<kAdds, T, R>;
+    const bool wide = can_vectorise<kVector<T>>(addresses(norm.y, norm.sum, norm.x, norm.residual,
+                                                          norm.weight.at, norm.bias.at),
+                                                norm.cols, norm.residual_stride) &&
+                      is_aligned(norm.places, kVector<T>);
+    const Rows rows = rows_of<T>(norm.rows, norm.cols, kHeld, wide);
+    norm.blocks = rows.layout.blocks;
+    norm.once = rows.once;
+    return for_held<kHeld, !kAdds>(rows, [&](auto held, auto exact) {
+      return launch_rows(norm_forward_kernel<kCentred, kAdds, T, R, held.value, exact.value>,
+                         rows.layout, norm.rows, 0, stream, norm);
     });
   });
 }
 
-template <bool kCentred>
-cudaError_t norm_backward(void* dx, void* dweight, void* dbias, float* weight_parts,
-                          float* bias_parts, const void* dy, const void* x, const void* weight,
-                          const float* mean, const float* rstd, int64_t rows, int64_t cols,
-                          int64_t dy_stride, int64_t x_stride, int64_t parts, DType dtype,
-                          DType weight_dtype, cudaStream_t stream) {
-  if (!is_parameter(weight_dtype, dtype)) return cudaErrorInvalidValue;
-  return for_dtype(dtype, [&](auto t) -> cudaError_t {
+template <bool kCentred, bool kAdds>
+cudaError_t norm_backward(NormBackward norm, void* dweight, void* dbias, DType residual_dtype,
+                          DType dtype, DType weight_dtype, cudaStream_t stream) {
+  constexpr int kHeld = kBackwardHeld<kAdds>;
+  norm.weight.is_single = weight_dtype == DType::f32;
+  return for_streams<kAdds>(dtype, residual_dtype, weight_dtype, [&](auto t, auto s) {
     using T = typename decltype(t)::type;
+    using R = typename decltype(s)::type;
     const bool wide = can_vectorise<kVector<T>>(
-        addresses(dx, weight_parts, bias_parts, dy, x, weight), cols, dy_stride, x_stride);
-    const Rows taken = rows_of<T>(rows, cols, kBackwardHeld, wide);
-    const int arrays = (weight_parts ? 1 : 0) + (bias_parts ? 1 : 0);
-    int64_t shared = column_sums_bytes(taken.layout, kBackwardHeld, kVector<T>, arrays);
-    const bool in_shared = shared + kReservedBytes <= machine().shared_bytes;
-    if (!in_shared) shared = 0;
-    const bool is_steady = parts >= rows || parts * cols % kVector<T> == 0;
-    const NormBackward<T> norm{static_cast<T*>(dx),
-                               weight_parts,
-                               bias_parts,
-                               static_cast<const T*>(dy),
-                               static_cast<const T*>(x),
-                               {weight, weight_dtype == DType::f32},
-                               mean,
-                               rstd,
-                               rows,
-                               cols,
-                               dy_stride,
-                               x_stride,
-                               parts,
-                               taken.layout.blocks,
-                               in_shared,
-                               is_steady,
-                               taken.once};
-    const cudaError_t status = for_held<kBackwardHeld, false>(taken, [&](auto held, auto exact) {
-      return launch_rows(norm_backward_kernel<kCentred, T, held.value, exact.value>, taken.layout,
-                         parts * taken.layout.rows, shared, stream, norm);
+                          addresses(norm.dx, norm.dresidual, norm.weight_parts, norm.bias_parts,
+                                    norm.dy, norm.dsum, norm.x, norm.weight.at),
+                          norm.cols, norm.dy_stride, norm.dsum_stride) &&
+                      is_aligned(norm.places, kVector<T>);
+    const Rows rows = rows_of<T>(norm.rows, norm.cols, kHeld, wide);
+    const int arrays = (norm.weight_parts ? 1 : 0) + (norm.bias_parts ? 1 : 0);
+    const int64_t shared = column_sums_bytes(rows.layout, kHeld, kVector<T>, arrays);
+    norm.blocks = rows.layout.blocks;
+    norm.in_shared = shared + kReservedBytes <= machine().shared_bytes;
+    norm.is_steady = norm.parts >= norm.rows || norm.parts * norm.cols % kVector<T> == 0;
+    norm.once = rows.once;
+    const cudaError_t status = for_held<kHeld, false>(rows, [&](auto held, auto exact) {
+      return launch_rows(norm_backward_kernel<kCentred, kAdds, T, R, held.value, exact.value>,
+                         rows.layout, norm.parts * rows.layout.rows, norm.in_shared ? shared : 0,
+                         stream, norm);
     });
     if (status != cudaSuccess) return status;
     const auto add_parts = [&](auto* out, auto* second_out) {
-      return column_sums(out, second_out, weight_parts, bias_parts, parts, cols, stream);
+      return column_sums(out, second_out, norm.weight_parts, norm.bias_parts, norm.parts, norm.cols,
+                         stream);
     };
     return norm.weight.is_single
                ? add_parts(static_cast<float*>(dweight), static_cast<float*>(dbias))

@@ -20,7 +20,8 @@ struct SoftmaxForward {
 
 // y = exp(t - m) / sum(exp(t - m)), or its logarithm, with t = scale * x and m = max(t).
 template <typename T, int kHeld, bool kExact>
-__global__ void __launch_bounds__(most_threads(kHeld), least_blocks(kHeld))
+__global__ void __launch_bounds__(kHeld <= kFewHeld ? kNarrowThreads : kTeamThreads,
+                                  kHeld <= kFewHeld ? kFewBlocks : 1)
     forward_kernel(SoftmaxForward<T> softmax) {
   using Columns = Span<kVector<T>, kHeld, kExact>;
   constexpr int kWidth = Columns::kWidth;
@@ -85,8 +86,7 @@ struct SoftmaxBackward {
 
 // dx = scale * y * (dy - sum(dy * y)), or of the logarithm: scale * (dy - exp(y) * sum(dy)).
 template <typename T, int kHeld, bool kExact>
-__global__ void __launch_bounds__(most_threads(kHeld), least_blocks(kHeld))
-    backward_kernel(SoftmaxBackward<T> softmax) {
+__global__ void __launch_bounds__(kTeamThreads, 1) backward_kernel(SoftmaxBackward<T> softmax) {
   using Columns = Span<kVector<T>, kHeld, kExact>;
   constexpr int kWidth = Columns::kWidth;
   Team<Sums<1>> team(softmax.blocks);

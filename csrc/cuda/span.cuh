@@ -97,6 +97,19 @@ class Span {
   bool fetched_ = false;
 };
 
+// Where the rows of a [outer, middle, inner, cols] lie, in elements from the first.
+struct Places {
+  int64_t middle, inner;
+  int64_t outer_stride, middle_stride, inner_stride;
+
+  __device__ int64_t of(int64_t row) const {
+    if (row < inner) return row * inner_stride;
+    const int64_t before = row / inner, outer = before / middle;
+    return outer * outer_stride + (before - outer * middle) * middle_stride +
+           (row - before * inner) * inner_stride;
+  }
+};
+
 // By how many columns an address is past the last aligned one.
 template <typename T>
 __device__ int misaligned_by(const T* address) {

@@ -8,6 +8,8 @@ namespace tilewise {
 
 template <int kValues>
 struct Sums {
+  static constexpr int kLast = kValues - 1;
+
   float at[kValues];
 
   __device__ static Sums nothing() { return {}; }

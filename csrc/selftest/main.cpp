@@ -41,7 +41,10 @@ const std::vector<Size>& sizes() {
     std::vector<Size> kept;
     for (const Size& size :
          {Size{3, 8, 0}, Size{1, 1, 0}, Size{3, 127, 0}, Size{3, 131, 0}, Size{5, 64, 8},
-          Size{40, 16, 3}, Size{5, 65, 1}, Size{9, 1024, 0}, Size{2, 2051, 5}}) {
+          Size{40, 16, 3}, Size{5, 65, 1}, Size{9, 1024, 0}, Size{2, 2051, 5},
+          // Lanes that hold five accesses, a block; clusters; more than a cluster of float32 holds.
+          Size{3, 640, 0}, Size{2, 4096, 0}, Size{2, 16392, 0}, Size{2, 16411, 1},
+          Size{1, 65544, 0}, Size{1, 131101, 0}}) {
       if (size.cols <= most_cols) kept.push_back(size);
     }
     return kept;

@@ -14,6 +14,8 @@ struct Size {
   int64_t gap;  // elements between the rows of the inputs
 };
 
+constexpr int64_t kWideCols = 4096;  // more than this many take a while on a CPU
+
 // Short and long rows, odd ones that cannot be read 16 bytes at a time, rows apart.
 const std::vector<Size>& sizes();
 const std::vector<DType>& dtypes();

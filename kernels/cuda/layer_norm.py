@@ -1,10 +1,15 @@
-"""LayerNorm in CUDA C++: a warp or a block per row, 16-byte accesses where the rows are aligned."""
+"""LayerNorm in CUDA C++, alone and after an addition: a row is read once, by as many threads as
+hold it, from 8 lanes of a warp to a cluster of blocks.
+"""
 
-import torch
 from torch import Tensor
 
-from tilewise import _cuda
-from tilewise.kernels.cuda._shared import DTYPES, address, as_rows, parts_for, stream
+from tilewise.kernels.cuda._norm import (
+    add_norm_backward,
+    add_norm_forward,
+    norm_backward,
+    norm_forward,
+)
 
 
 def layer_norm_forward(
@@ -16,15 +21,7 @@ def layer_norm_forward(
     casting: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [..., cols], weight, bias [cols] -> y [..., cols], mean, rstd [rows] fp32."""
-    shape, x = x.shape, as_rows(x)
-    rows, cols = x.shape
-    y = x.new_empty(shape)
-    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    _cuda.layer_norm_forward(
-        address(y), address(mean), address(rstd), address(x), address(weight), address(bias),
-        rows, cols, x.stride(0), eps,
-        DTYPES[x.dtype], DTYPES[(x if weight is None else weight).dtype], stream(x),
-    )  # fmt: skip
+    y, mean, rstd = norm_forward("layer_norm", 2, x, weight, bias, eps, weight_offset, casting)
     return y, mean, rstd
 
 
@@ -42,25 +39,56 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dy [rows, cols], x [..., cols], weight, bias [cols], mean, rstd [rows]
     -> dx [..., cols], dweight, dbias [cols], each empty where it is not wanted."""
-    shape, x = x.shape, as_rows(x)
-    rows, cols = x.shape
-    dx = x.new_empty(shape)
-    if weight is None:
-        parts, dweight, dbias = rows, x.new_empty(0), x.new_empty(0)
-        weight_sums = bias_sums = None
-    else:
-        parts, dweight, dbias = (
-            parts_for(rows, cols),
-            weight.new_empty(cols),
-            weight.new_empty(cols),
-        )
-        weight_sums, bias_sums = x.new_empty(2, parts, cols, dtype=torch.float32)
-    _cuda.layer_norm_backward(
-        address(dx), address(dweight), address(dbias), address(weight_sums), address(bias_sums),
-        address(dy), address(x), address(weight), address(mean), address(rstd),
-        rows, cols, dy.stride(0), x.stride(0), parts,
-        DTYPES[x.dtype], DTYPES[(x if weight is None else weight).dtype], stream(x),
-    )  # fmt: skip
-    dweight = dweight if want_dweight else x.new_empty(0)
-    dbias = dbias if want_dbias else x.new_empty(0)
-    return dx if want_dx else x.new_empty(0), dweight, dbias
+    wanted = want_dx, want_dweight, want_dbias
+    return norm_backward("layer_norm", dy, x, weight, bias, (mean, rstd), weight_offset, *wanted)
+
+
+def add_layer_norm_forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    casting: str,
+    dropout_p: float,
+    seeds: Tensor | None,
+    offsets: Tensor | None,
+    seed: int,
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, residual [rows, cols], weight, bias [cols], seeds, offsets [] or [rows]
+    -> y, sum [rows, cols], mean, rstd [rows] fp32."""
+    dropout = dropout_p, seeds, offsets, seed, offset
+    y, total, mean, rstd = add_norm_forward(
+        "layer_norm", 2, x, residual, weight, bias, eps, weight_offset, casting, dropout
+    )
+    return y, total, mean, rstd
+
+
+def add_layer_norm_backward(
+    dy: Tensor,
+    dsum: Tensor | None,
+    total: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight_offset: float,
+    dropout_p: float,
+    seeds: Tensor | None,
+    offsets: Tensor | None,
+    seed: int,
+    offset: int,
+    want_dx: bool,
+    want_dresidual: bool,
+    want_dweight: bool,
+    want_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dy, dsum, total [rows, cols], weight, bias [cols], mean, rstd [rows]
+    -> dx, dresidual [rows, cols], dweight, dbias [cols], each empty where it is not wanted."""
+    dropout = dropout_p, seeds, offsets, seed, offset
+    wanted = want_dx, want_dresidual, want_dweight, want_dbias
+    return add_norm_backward(
+        "layer_norm", dy, dsum, total, weight, bias, (mean, rstd), weight_offset, dropout, *wanted
+    )

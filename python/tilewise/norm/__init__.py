@@ -1,6 +1,6 @@
 """What the two families of norms share, below the ops: formula, refusals, gradients."""
 
-from tilewise.norm.formula import MIXED, added, norm_inputs, normalised, plain_only
+from tilewise.norm.formula import MIXED, added, norm_inputs, normalised
 from tilewise.norm.launch import (
     add_and_normalise,
     normalise,
@@ -15,7 +15,6 @@ __all__ = [
     "norm_inputs",
     "normalise",
     "normalised",
-    "plain_only",
     "register_add_norm",
     "register_norm",
 ]

@@ -154,11 +154,3 @@ def norm_inputs(
         given |= {"dropout_p": dropout_p, "seed": 2**40 + 7, "offset": 3}
     beside = wide_dtype(dtype) if residual == "wide" else dtype
     return (x, torch.randn(rows, cols, device=device, dtype=beside), *parameters), given
-
-
-def plain_only(*tensors: Tensor | None, **options: Any) -> str | None:
-    """Of a backend whose kernels know no option of later date: what it refuses."""
-    if options.get("weight_offset", 0.0):
-        return "has no weight_offset"
-    casting = options.get("casting", "torch")
-    return None if casting == "torch" else f"has no casting {casting!r}"

@@ -1,7 +1,6 @@
 """Layer normalisation (Ba, Kiros and Hinton, 2016, https://arxiv.org/abs/1607.06450)."""
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -13,7 +12,6 @@ from tilewise.norm import (
     norm_inputs,
     normalise,
     normalised,
-    plain_only,
     register_add_norm,
     register_norm,
 )
@@ -99,7 +97,7 @@ def add_layer_norm(
         seed: int64; or a tensor `[]` or, one a row, `[rows]`. None draws one on the device.
         offset: int64, counts the draws from one seed; or a tensor like that of `seed`. None is 0.
         generator: Draws the seed, where none is given. None is PyTorch's own.
-        backend: "triton", "numba" or "reference". None picks the first that can run.
+        backend: "cuda", "triton", "numba" or "reference". None picks the first that can run.
 
     Returns:
         y: `[..., cols]`, contiguous, dtype of `x`.
@@ -147,18 +145,10 @@ def add_layer_norm_reference(
     return y, total
 
 
-def _cuda_refuses(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **options: Any
-) -> str | None:
-    alone = weight is None and bias is not None
-    return "has no bias without a weight" if alone else plain_only(**options)
-
-
-BACKENDS = backends_of("layer_norm", cuda=_cuda_refuses, numba=takes_all, triton=takes_all)
-ADD_BACKENDS = backends_of("layer_norm", numba=takes_all, triton=takes_all)
+BACKENDS = backends_of("layer_norm", cuda=takes_all, numba=takes_all, triton=takes_all)
 
 register_norm("layer_norm", BACKENDS, centred=True)
-register_add_norm("add_layer_norm", ADD_BACKENDS, centred=True)
+register_add_norm("add_layer_norm", BACKENDS, centred=True)
 
 LAYER_NORM = declare(
     Op(
@@ -193,7 +183,7 @@ ADD_LAYER_NORM = declare(
         name="add_layer_norm",
         call=add_layer_norm,
         reference=add_layer_norm_reference,
-        backends=ADD_BACKENDS,
+        backends=BACKENDS,
         inputs=partial(norm_inputs, residual="like x"),
         sizes=[
             {"rows": 3, "cols": 8, "bias": True},

@@ -13,7 +13,6 @@ from tilewise.norm import (
     norm_inputs,
     normalise,
     normalised,
-    plain_only,
     register_add_norm,
     register_norm,
 )
@@ -98,7 +97,7 @@ def add_rms_norm(
         seed: int64; or a tensor `[]` or, one a row, `[rows]`. None draws one on the device.
         offset: int64, counts the draws from one seed; or a tensor like that of `seed`. None is 0.
         generator: Draws the seed, where none is given. None is PyTorch's own.
-        backend: "triton", "numba" or "reference". None picks the first that can run.
+        backend: "cuda", "triton", "numba" or "reference". None picks the first that can run.
 
     Returns:
         y: `[..., cols]`, contiguous, dtype of `x`.
@@ -162,17 +161,10 @@ def _add_tensors_first(
     return add_rms_norm(x, residual, weight, bias=bias, **options)
 
 
-def _cuda_refuses(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **options: Any
-) -> str | None:
-    return plain_only(**options) if bias is None else "has no bias"
-
-
-BACKENDS = backends_of("rms_norm", cuda=_cuda_refuses, numba=takes_all, triton=takes_all)
-ADD_BACKENDS = backends_of("rms_norm", numba=takes_all, triton=takes_all)
+BACKENDS = backends_of("rms_norm", cuda=takes_all, numba=takes_all, triton=takes_all)
 
 register_norm("rms_norm", BACKENDS, centred=False)
-register_add_norm("add_rms_norm", ADD_BACKENDS, centred=False)
+register_add_norm("add_rms_norm", BACKENDS, centred=False)
 
 RMS_NORM = declare(
     Op(
@@ -206,7 +198,7 @@ ADD_RMS_NORM = declare(
         name="add_rms_norm",
         call=_add_tensors_first,
         reference=add_rms_norm_reference,
-        backends=ADD_BACKENDS,
+        backends=BACKENDS,
         inputs=partial(norm_inputs, residual="like x"),
         sizes=[
             {"rows": 3, "cols": 8},

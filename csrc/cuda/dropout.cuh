@@ -1,0 +1,38 @@
+// Dropout: nothing of the mask is kept, for a number depends on its place alone.
+#pragma once
+
+#include "cuda/philox.cuh"
+#include "cuda/vector.cuh"
+
+namespace tilewise {
+
+struct Dropout {
+  int64_t threshold;  // 0 drops none, 2^32 all
+  float scale;        // of what is kept
+  const int64_t *seeds, *offsets;
+  int64_t seed_stride, offset_stride, seed, offset;
+};
+
+// Drop out of the elements of a row at columns from col on, a multiple of four.
+template <int kWidth>
+__device__ void drop(float (&v)[kWidth], const Dropout& dropout, int64_t row, int64_t col) {
+  static_assert(kWidth % kPhiloxGroup == 0);
+  if (dropout.threshold == 0) return;
+  const auto seed = static_cast<uint64_t>(dropout.seeds ? dropout.seeds[row * dropout.seed_stride]
+                                                        : dropout.seed);
+  const auto offset = static_cast<uint64_t>(
+      dropout.offsets ? dropout.offsets[row * dropout.offset_stride] : dropout.offset);
+  const auto counter_row = static_cast<uint32_t>(dropout.seed_stride ? 0 : row);
+  const auto group = static_cast<uint32_t>(col / kPhiloxGroup);
+#pragma unroll
+  for (int i = 0; i < kWidth; i += kPhiloxGroup) {
+    const PhiloxWords words = philox(seed, offset, counter_row, group + i / kPhiloxGroup);
+#pragma unroll
+    for (int j = 0; j < kPhiloxGroup; ++j) {
+      const bool kept = keep(words.at[j], static_cast<uint64_t>(dropout.threshold));
+      v[i + j] = kept ? v[i + j] * dropout.scale : 0.f;
+    }
+  }
+}
+
+}  // namespace tilewise
