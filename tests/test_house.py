@@ -29,7 +29,7 @@ FLOORS = [
     {"toolchain"},
     {"emulation"},
     {"native", "allocator"},
-    {"op", "rng"},
+    {"op", "rng", "scores"},
     {"choice"},
     {"norm"},
     {"ops"},

@@ -7,6 +7,7 @@ fp64, and rounds with `store`. Passing addresses costs 0.06 us a tensor, arrays 
 
 import math
 
+import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -200,6 +201,38 @@ def exp(x):
 @overload(exp, inline="always")
 def _exp(x):
     return (lambda x: math.exp(x)) if x == types.float64 else (lambda x: _exp_float(x))
+
+
+# tanh(x) - x below 0.625, as x**3 times a polynomial in x**2: reweighted (Lawson) least squares on
+# 2000 Chebyshev points; with the other branch at most 1.5 ulp off in fp32.
+_TANH_TERMS = (-0.005717044696, 0.020650586113, -0.053743496537, 0.133314907551, -0.333332836628)
+_TANH_SMALL = 0.625
+
+_inline = numba.njit(inline="always")  # a call would keep the loop around it from vectorising
+
+
+@_inline
+def _tanh_float(x):
+    square = x * x
+    p = real(x, _TANH_TERMS[0])
+    p = fma(p, square, real(x, _TANH_TERMS[1]))
+    p = fma(p, square, real(x, _TANH_TERMS[2]))
+    p = fma(p, square, real(x, _TANH_TERMS[3]))
+    p = fma(p, square, real(x, _TANH_TERMS[4]))
+    small = fma(x * square, p, x)
+    a = exp(real(x, -2) * abs(x))
+    large = (real(x, 1) - a) / (real(x, 1) + a)
+    large = -large if x < real(x, 0) else large
+    return large if abs(x) > real(x, _TANH_SMALL) else small
+
+
+def tanh(x):
+    """The hyperbolic tangent: one that vectorises for fp32, libm for fp64."""
+
+
+@overload(tanh, inline="always")
+def _tanh(x):
+    return (lambda x: math.tanh(x)) if x == types.float64 else (lambda x: _tanh_float(x))
 
 
 def reciprocal_root(x):

@@ -1,4 +1,7 @@
-"""Softmax and its logarithm on the CPU: parts of the rows in parallel, three passes over a row."""
+"""Softmax and its logarithm on the CPU: parts of the rows in parallel, three passes over a row.
+
+Scores that are more than `scale * x` are first written to a row of scratch, one loop an option.
+"""
 
 import math
 
@@ -6,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tilewise.kernels.numba._parallel import Kernel
-from tilewise.kernels.numba._shared import parts_for
+from tilewise.kernels.numba._parallel import Kernel, callee
+from tilewise.kernels.numba._shared import PARTS, partial_sums, parts_for
 from tilewise.kernels.numba._simd import (
     address,
     exp,
@@ -19,7 +22,10 @@ from tilewise.kernels.numba._simd import (
     pointer,
     real,
     store,
+    tanh,
 )
+
+FLAG = np.uint8(0)
 
 
 @Kernel
@@ -113,6 +119,174 @@ def _log_backward(
             store(dx, j, factor * (load(dy, j) - exp(load(y, j)) * total))
 
 
+# --- With softcap, bias, mask or causal limit.
+
+
+@callee
+def _start(strides, row, heads, queries):
+    """Where in a [batch, heads, queries, cols] the row with this number begins, in elements."""
+    head = row // queries
+    batch = head // heads
+    return batch * strides[0] + head % heads * strides[1] + row % queries * strides[2]
+
+
+@callee
+def _columns(row, cols, queries, causal):
+    """How many columns this row sees, from the first."""
+    seen = row % queries + cols - queries + 1 if causal else cols
+    return min(max(seen, 0), cols)
+
+
+@callee
+def _hide(s, cols, mask_at, step, hidden):
+    mask = pointer(mask_at, FLAG)
+    for j in range(cols):
+        store(s, j, load(s, j) if load(mask, j * step) else hidden)
+
+
+@Kernel
+def _scored_forward(
+    part, y_at, scratch_at, x_at, bias_at, mask_at, kind, wide, bias_kind,
+    rows, cols, x_stride, bias_strides, mask_strides, heads, queries, parts,
+    scale, softcap, causal, zero, log,
+):  # fmt: skip
+    factor, cap = real(kind, scale), real(kind, softcap)
+    lowest = real(kind, -np.inf)
+    s = offset(pointer(scratch_at, wide), part * cols)
+    for i in range(part * rows // parts, (part + 1) * rows // parts):
+        x = offset(pointer(x_at, kind), i * x_stride)
+        y = offset(pointer(y_at, kind), i * cols)
+        seen = _columns(i, cols, queries, causal)
+
+        for j in range(seen):
+            store(s, j, load(x, j) * factor)
+        if softcap:
+            for j in range(seen):
+                store(s, j, cap * tanh(load(s, j) / cap))
+        if bias_at:
+            bias = offset(pointer(bias_at, bias_kind), _start(bias_strides, i, heads, queries))
+            step = bias_strides[3]
+            for j in range(seen):
+                store(s, j, load(s, j) + real(kind, load(bias, j * step)))
+        if mask_at:
+            start = _start(mask_strides, i, heads, queries)
+            _hide(s, seen, mask_at + start, mask_strides[3], lowest)
+
+        peak = lowest
+        for j in range(seen):
+            peak = maximum(load(s, j), peak)
+        if zero and peak == lowest:
+            empty = lowest if log else real(kind, 0)
+            for j in range(cols):
+                store(y, j, empty)
+            continue
+        total = real(kind, 0)
+        if log:
+            for j in range(seen):
+                total += exp(load(s, j) - peak)
+            log_total = real(kind, math.log(total))
+            for j in range(seen):
+                store(y, j, load(s, j) - peak - log_total)
+            unseen = lowest - log_total  # NaN, where the row is
+        else:
+            for j in range(seen):
+                e = exp(load(s, j) - peak)
+                total += e
+                store(s, j, e)
+            inverse = real(kind, 1) / total
+            for j in range(seen):
+                store(y, j, load(s, j) * inverse)
+            unseen = real(kind, 0) * inverse
+        for j in range(cols - seen):
+            store(y, seen + j, unseen)
+
+
+@callee
+def _dscores(
+    s, i, dy_at, y_at, mask_at, kind, cols, dy_stride, mask_strides, heads, queries,
+    causal, zero, log,
+):  # fmt: skip
+    """Fill `s` with the gradient of the scores of row `i`; the number of columns it has one in."""
+    dy, y = offset(pointer(dy_at, kind), i * dy_stride), offset(pointer(y_at, kind), i * cols)
+    seen = _columns(i, cols, queries, causal)
+    total, alive = real(kind, 0), True
+    if log:
+        for j in range(cols):
+            total += load(dy, j)
+        if zero:
+            peak = real(kind, -np.inf)
+            for j in range(cols):
+                peak = maximum(load(y, j), peak)
+            alive = peak != real(kind, -np.inf)
+        for j in range(seen):
+            store(s, j, load(dy, j) - exp(load(y, j)) * total)
+    else:
+        for j in range(cols):
+            total += load(dy, j) * load(y, j)
+        for j in range(seen):
+            store(s, j, load(y, j) * (load(dy, j) - total))
+    if not alive:
+        return 0
+    if mask_at:
+        start = _start(mask_strides, i, heads, queries)
+        _hide(s, seen, mask_at + start, mask_strides[3], real(kind, 0))
+    return seen
+
+
+@Kernel
+def _scored_backward(
+    part, dx_at, scratch_at, dy_at, y_at, x_at, mask_at, kind, wide,
+    rows, cols, dy_stride, x_stride, mask_strides, heads, queries, parts,
+    scale, softcap, causal, zero, log,
+):  # fmt: skip
+    factor, cap = real(kind, scale), real(kind, softcap)
+    s = offset(pointer(scratch_at, wide), part * cols)
+    for i in range(part * rows // parts, (part + 1) * rows // parts):
+        dx = offset(pointer(dx_at, kind), i * cols)
+        seen = _dscores(
+            s, i, dy_at, y_at, mask_at, kind, cols, dy_stride, mask_strides, heads, queries,
+            causal, zero, log,
+        )  # fmt: skip
+        if softcap:
+            x = offset(pointer(x_at, kind), i * x_stride)
+            for j in range(seen):
+                t, ds = tanh(load(x, j) * factor / cap), load(s, j)
+                ds = ds if ds == real(kind, 0) else ds * (real(kind, 1) - t * t)
+                store(s, j, ds)  # 0, whatever lies under the mask
+        for j in range(seen):
+            store(dx, j, factor * load(s, j))
+        for j in range(cols - seen):
+            store(dx, seen + j, real(kind, 0))
+
+
+@Kernel
+def _bias_backward(
+    part, sums_at, scratch_at, dy_at, y_at, mask_at, kind, wide,
+    cols, dy_stride, sum_stride, mask_strides, heads, queries, bias_sizes, copies, parts,
+    causal, zero, log,
+):  # fmt: skip
+    # Row b of the bias has this part of the sum over all rows it was added to: its batches, heads
+    # and queries where its own size is 1.
+    b, piece = part // parts, part % parts
+    _, bias_heads, bias_queries = bias_sizes
+    head_copies = heads if bias_heads == 1 else 1
+    query_copies = queries if bias_queries == 1 else 1
+    first_query, head = b % bias_queries, b // bias_queries
+    first_head, first_batch = head % bias_heads, head // bias_heads
+    sums = offset(pointer(sums_at, wide), part * sum_stride)
+    s = offset(pointer(scratch_at, wide), part * cols)
+    for c in range(piece * copies // parts, (piece + 1) * copies // parts):
+        query = first_query + c % query_copies
+        head = first_head + c // query_copies % head_copies
+        batch = first_batch + c // query_copies // head_copies
+        seen = _dscores(
+            s, (batch * heads + head) * queries + query, dy_at, y_at, mask_at, kind,
+            cols, dy_stride, mask_strides, heads, queries, causal, zero, log,
+        )  # fmt: skip
+        for j in range(seen):
+            store(sums, j, load(sums, j) + load(s, j))
+
+
 def softmax_forward(x: Tensor, scale: float, log: bool) -> Tensor:
     """x [rows, cols] -> y [rows, cols], probabilities or their logarithms."""
     rows, cols = x.shape
@@ -142,3 +316,67 @@ def softmax_backward(dy: Tensor, y: Tensor, scale: float, log: bool) -> Tensor:
         kind(y), rows, cols, dy.stride(0), y.stride(0), parts, scale,
     )  # fmt: skip
     return dx
+
+
+def scored_softmax_forward(
+    x: Tensor, bias: Tensor | None, mask: Tensor | None, heads: int, queries: int,
+    scale: float, softcap: float, causal: bool, zero: bool, log: bool,
+) -> Tensor:  # fmt: skip
+    """x [rows, cols], bias, mask [batch | 1, heads | 1, queries | 1, cols] -> y [rows, cols]."""
+    rows, cols = x.shape
+    y = x.new_empty(rows, cols)
+    parts = parts_for(rows)
+    scratch = x.new_empty(parts, cols, dtype=torch.promote_types(x.dtype, torch.float32))
+    _scored_forward(
+        parts, x.numel(), address(y), address(scratch), address(x), address(bias), address(mask),
+        kind(x), kind(scratch), kind(x if bias is None else bias),
+        rows, cols, x.stride(0), _strides(bias), _strides(mask), heads, queries, parts,
+        scale, softcap, causal, zero, log,
+    )  # fmt: skip
+    return y
+
+
+def scored_softmax_backward(
+    dy: Tensor, y: Tensor, x: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    heads: int, queries: int, scale: float, softcap: float, causal: bool, zero: bool,
+    log: bool, want_dbias: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dy, y [rows, cols], x the same if softcap, bias, mask [batch | 1, heads | 1, queries | 1,
+    cols] -> dx [rows, cols], dbias like bias, or [0]."""
+    rows, cols = y.shape
+    dx = y.new_empty(rows, cols)
+    parts = parts_for(rows)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    scratch = y.new_empty(parts, cols, dtype=wide)
+    _scored_backward(
+        parts, 2 * y.numel(), address(dx), address(scratch), address(dy), address(y),
+        address(x), address(mask), kind(y), kind(scratch),
+        rows, cols, dy.stride(0), 0 if x is None else x.stride(0), _strides(mask),
+        heads, queries, parts, scale, softcap, causal, zero, log,
+    )  # fmt: skip
+    if not want_dbias:
+        return dx, y.new_empty(0)
+
+    assert bias is not None
+    lines = bias.shape[:-1].numel()
+    copies = rows // lines
+    parts = min(copies, -(-PARTS // lines))
+    sums = partial_sums(y, lines * parts, wide)
+    scratch = y.new_empty(lines * parts, cols, dtype=wide)
+    _bias_backward(
+        lines * parts, 2 * y.numel(), address(sums), address(scratch), address(dy), address(y),
+        address(mask), kind(y), kind(scratch),
+        cols, dy.stride(0), sums.shape[1], _strides(mask), heads, queries,
+        tuple(bias.shape[:-1]), copies, parts, causal, zero, log,
+    )  # fmt: skip
+    dbias = sums.view(lines, parts, -1).sum(1)[:, :cols]
+    return dx, dbias.reshape(bias.shape).to(bias.dtype)
+
+
+def _strides(t: Tensor | None) -> tuple[int, ...]:
+    """Of [batch, heads, queries, cols], 0 along what is broadcast."""
+    if t is None:
+        return 0, 0, 0, 0
+    return tuple(
+        0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)
+    )

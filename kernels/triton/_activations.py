@@ -1,4 +1,4 @@
-"""Activations and their slopes for glu and gelu, in what the interpreter and the compiler share."""
+"""Activations and their slopes, in what the interpreter and the compiler share."""
 
 import triton
 import triton.language as tl
@@ -10,6 +10,19 @@ def _logistic(x):
     a = tl.exp(-tl.abs(x))
     r = 1.0 / (1.0 + a)
     return tl.where(x > 0.0, r, a * r), a * r * r
+
+
+@triton.jit
+def tanh(x):
+    """No digit cancels near 0, and nothing overflows."""
+    square = x * x
+    p = -0.005717044696 * square + 0.020650586113
+    p = p * square - 0.053743496537
+    p = p * square + 0.133314907551
+    p = p * square - 0.333332836628
+    a = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - a) / (1.0 + a)
+    return tl.where(tl.abs(x) > 0.625, tl.where(x < 0.0, -large, large), x + x * square * p)
 
 
 @triton.jit
