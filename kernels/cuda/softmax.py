@@ -1,9 +1,12 @@
 """Softmax in CUDA C++: a warp or a block per row, 16-byte accesses where the rows are aligned."""
 
+import torch
 from torch import Tensor
 
 from tilewise import _cuda
-from tilewise.kernels.cuda._shared import DTYPES, address, stream
+from tilewise.kernels.cuda._shared import DTYPES, MIN_PARTS, address, stream
+
+COPIES = 8  # rows that a part of a bias's gradient is the sum of, at least
 
 
 def softmax_forward(x: Tensor, scale: float, log: bool) -> Tensor:
@@ -25,3 +28,61 @@ def softmax_backward(dy: Tensor, y: Tensor, scale: float, log: bool) -> Tensor:
         rows, cols, dy.stride(0), y.stride(0), scale, log, DTYPES[y.dtype], stream(y),
     )  # fmt: skip
     return dx
+
+
+def scored_softmax_forward(
+    x: Tensor, bias: Tensor | None, mask: Tensor | None, heads: int, queries: int,
+    scale: float, softcap: float, causal: bool, zero: bool, log: bool,
+) -> Tensor:  # fmt: skip
+    """x [rows, cols], bias, mask [batch | 1, heads | 1, queries | 1, cols] -> y [rows, cols]."""
+    rows, cols = x.shape
+    y = x.new_empty(rows, cols)
+    _cuda.scored_softmax_forward(
+        address(y), address(x), address(bias), address(mask),
+        rows, cols, heads, queries, x.stride(0), *_strides(bias), *_strides(mask),
+        scale, softcap, causal, zero, log,
+        DTYPES[x.dtype], DTYPES[(x if bias is None else bias).dtype], stream(x),
+    )  # fmt: skip
+    return y
+
+
+def scored_softmax_backward(
+    dy: Tensor, y: Tensor, x: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    heads: int, queries: int, scale: float, softcap: float, causal: bool, zero: bool,
+    log: bool, want_dbias: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dy, y [rows, cols], x the same if softcap, bias, mask [batch | 1, heads | 1, queries | 1,
+    cols] -> dx [rows, cols], dbias like bias, or [0]."""
+    rows, cols = y.shape
+    dx = y.new_empty(rows, cols)
+    totals = y.new_empty(rows, dtype=torch.float32) if want_dbias else None
+    seen = y.new_empty(rows, dtype=torch.int32) if want_dbias else None
+    _cuda.scored_softmax_backward(
+        address(dx), address(totals), address(seen),
+        address(dy), address(y), address(x), address(mask),
+        rows, cols, heads, queries, dy.stride(0), y.stride(0), 0 if x is None else x.stride(0),
+        *_strides(mask), scale, softcap, causal, zero, log, DTYPES[y.dtype], stream(y),
+    )  # fmt: skip
+    if not want_dbias:
+        return dx, y.new_empty(0)
+
+    assert bias is not None
+    lines = bias.shape[:-1].numel()
+    copies = rows // lines
+    parts = min(-(-copies // COPIES), -(-MIN_PARTS // lines))
+    sums = y.new_empty(lines, parts, cols, dtype=torch.float32)
+    _cuda.scored_softmax_dbias(
+        address(sums), address(dy), address(y), address(totals), address(seen), address(mask),
+        lines, cols, heads, queries, bias.shape[1], bias.shape[2], copies, parts,
+        dy.stride(0), y.stride(0), *_strides(mask), causal, log, DTYPES[y.dtype], stream(y),
+    )  # fmt: skip
+    return dx, sums.sum(1).view(bias.shape).to(bias.dtype)
+
+
+def _strides(t: Tensor | None) -> tuple[int, ...]:
+    """Of [batch, heads, queries, cols], 0 along what is broadcast."""
+    if t is None:
+        return 0, 0, 0, 0
+    return tuple(
+        0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)
+    )

@@ -39,6 +39,8 @@ def check_scores(
 def spread(t: Tensor, x: Tensor) -> Tensor:
     """`t` as `[batch, heads, queries, cols]` whose first three may be 1: all that kernels know.
 
+    Its columns are neighbours, or one and the same.
+
     Only of more than four dimensions may it have to be copied, where some of the outer ones vary
     and others do not.
     """
@@ -46,4 +48,6 @@ def spread(t: Tensor, x: Tensor) -> Tensor:
     if x.ndim > 4:
         outer = x.shape[:-3] if t.shape[:-3].numel() > 1 else t.shape[:-3]
         t = t.expand(*outer, *t.shape[-3:]).flatten(0, -4)
+    if t.shape[-1] > 1 and t.stride(-1) != 1:
+        t = t.contiguous()
     return t.expand(*t.shape[:-1], x.shape[-1])

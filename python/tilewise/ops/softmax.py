@@ -254,15 +254,7 @@ class _ScoredSoftmax(torch.autograd.Function):
         return dx, dbias if wanted else None, *rest
 
 
-def _scale_alone(
-    x: Tensor, bias: Tensor | None = None, scale: float = 1.0, **options: Any
-) -> str | None:
-    extra = [name for name, value in options.items() if value not in (None, False, "nan")]
-    extra += ["bias"] if bias is not None else []
-    return f"takes no {extra[0]}" if extra else None
-
-
-BACKENDS = backends_of("softmax", cuda=_scale_alone, numba=takes_all, triton=takes_all)
+BACKENDS = backends_of("softmax", cuda=takes_all, numba=takes_all, triton=takes_all)
 
 _forward = register(
     "softmax_forward(Tensor x, float scale, bool log, str backend) -> Tensor",
