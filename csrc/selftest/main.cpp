@@ -104,7 +104,11 @@ void must_refuse(const std::string& name, cudaError_t status) {
 int main(int count, char** words) {
   using namespace tilewise::selftest;
   const std::map<std::string, void (*)()> ops{
-      {"layer_norm", layer_norm}, {"rms_norm", rms_norm}, {"softmax", softmax}};
+      {"layer_norm", layer_norm},
+      {"rms_norm", rms_norm},
+      {"scored_softmax", scored_softmax},
+      {"softmax", softmax},
+  };
   std::vector<std::string> chosen;
   for (int i = 1; i < count; ++i) {
     if (!std::strcmp(words[i], "--orders") && i + 1 < count) {
@@ -114,8 +118,9 @@ int main(int count, char** words) {
     } else if (ops.count(words[i])) {
       chosen.push_back(words[i]);
     } else {
-      std::fprintf(stderr, "selftest: OP must be layer_norm, rms_norm or softmax, got %s\n",
-                   words[i]);
+      std::string known;
+      for (const auto& [name, test] : ops) known += (known.empty() ? "" : ", ") + name;
+      std::fprintf(stderr, "selftest: OP must be one of %s, got %s\n", known.c_str(), words[i]);
       return 2;
     }
   }

@@ -42,5 +42,6 @@ void must_refuse(const std::string& name, cudaError_t status);
 void rms_norm();
 void layer_norm();
 void softmax();
+void scored_softmax();
 
 }  // namespace tilewise::selftest
