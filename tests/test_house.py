@@ -30,6 +30,7 @@ FLOORS = [
     {"emulation"},
     {"native", "allocator"},
     {"op", "rng", "scores"},
+    {"class_loss"},
     {"choice"},
     {"norm"},
     {"ops"},
@@ -48,6 +49,7 @@ FAMILIES = {
     "add_layer_norm": "layer_norm",
     "add_rms_norm": "rms_norm",
     "log_softmax": "softmax",
+    "cross_entropy_with_lse": "cross_entropy",
 }
 ROOMS = {
     "cuda": ["csrc/cuda/{}.cu", "kernels/cuda/{}.py"],

@@ -203,6 +203,37 @@ def _exp(x):
     return (lambda x: math.exp(x)) if x == types.float64 else (lambda x: _exp_float(x))
 
 
+@intrinsic
+def _exp_below_float(typing_context, x):
+    """Two instructions in three of `exp`: nothing is done about an overflow, which cannot be."""
+
+    def emit(context, builder, signature, args):
+        x, bits = args[0], ir.IntType(32)
+        lowest = _constant(FLOAT, _EXP_LOWEST)
+        clamped = builder.select(builder.fcmp_ordered(">", x, lowest), x, lowest)
+        n = _call(builder, "rint", builder.fmul(clamped, _constant(FLOAT, _LOG2_E)))
+        r = _call(builder, "fma", n, _constant(FLOAT, -_LN2_HIGH), x)  # NaN where x is
+        r = _call(builder, "fma", n, _constant(FLOAT, -_LN2_LOW), r)
+        p = _constant(FLOAT, _EXP_TERMS[0])
+        for term in _EXP_TERMS[1:]:
+            p = _call(builder, "fma", p, r, _constant(FLOAT, term))
+        biased = builder.add(builder.fptosi(n, bits), ir.Constant(bits, 127))
+        power = builder.bitcast(builder.shl(biased, ir.Constant(bits, 23)), FLOAT)
+        y = builder.fmul(p, power)
+        return builder.select(builder.fcmp_ordered("<", x, lowest), _constant(FLOAT, 0.0), y)
+
+    return types.float32(types.float32), emit
+
+
+def exp_below(x):
+    """e**x for x up to 88, in a third fewer instructions than `exp`; NaN for NaN."""
+
+
+@overload(exp_below, inline="always")
+def _exp_below(x):
+    return (lambda x: math.exp(x)) if x == types.float64 else (lambda x: _exp_below_float(x))
+
+
 # tanh(x) - x below 0.625, as x**3 times a polynomial in x**2: reweighted (Lawson) least squares on
 # 2000 Chebyshev points; with the other branch at most 1.5 ulp off in fp32.
 _TANH_TERMS = (-0.005717044696, 0.020650586113, -0.053743496537, 0.133314907551, -0.333332836628)
@@ -244,3 +275,72 @@ def _reciprocal_root(x):
     if x == types.float64:
         return lambda x: 1.0 / math.sqrt(x)
     return lambda x: np.float32(1.0 / math.sqrt(np.float64(x)))
+
+
+# --- Past the caches.
+
+_LINE = 64  # bytes
+
+
+@intrinsic
+def _stream_line(typing_context, to, source, line):
+    def emit(context, builder, signature, args):
+        to, source, line = args
+        vector = ir.VectorType(to.type.pointee, _LINE // context.get_abi_sizeof(to.type.pointee))
+        start = builder.mul(line, ir.Constant(line.type, vector.count))
+        value = builder.load(
+            builder.bitcast(builder.gep(source, [start]), vector.as_pointer()),
+            align=_LINE // vector.count,
+        )
+        place = builder.bitcast(builder.gep(to, [start]), vector.as_pointer())
+        stored = builder.store(value, place, align=_LINE)
+        one = ir.Constant(ir.IntType(32), 1)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([one]))
+        return context.get_dummy_value()
+
+    return types.void(to, source, types.int64), emit
+
+
+@intrinsic
+def _per_line(typing_context, p):
+    def emit(context, builder, signature, args):
+        size = context.get_abi_sizeof(args[0].type.pointee)
+        return ir.Constant(ir.IntType(64), _LINE // size)
+
+    return types.int64(p), emit
+
+
+def stream(to, source, count):
+    """Copy, past the caches, to an address that is a multiple of 64; `drain` when all is done."""
+
+
+@overload(stream)
+def _stream(to, source, count):
+    if to != source:  # rounded on the way: not worth a pass of its own
+
+        def rounded(to, source, count):
+            for j in range(count):
+                store(to, j, load(source, j))
+
+        return rounded
+
+    def copied(to, source, count):
+        lines = count // _per_line(to)
+        for line in range(lines):
+            _stream_line(to, source, line)
+        done = lines * _per_line(to)
+        for j in range(count - done):
+            store(to, done + j, load(source, done + j))
+
+    return copied
+
+
+@intrinsic
+def drain(typing_context):
+    """Let other threads see what was streamed."""
+
+    def emit(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), emit

@@ -5,7 +5,7 @@ from tilewise.allocator import tune_allocator
 from tilewise.choice import backend, explain
 from tilewise.op import OPS
 from tilewise.ops.attention import attention
-from tilewise.ops.cross_entropy import cross_entropy
+from tilewise.ops.cross_entropy import cross_entropy, cross_entropy_, cross_entropy_with_lse
 from tilewise.ops.gelu import gelu
 from tilewise.ops.glu import glu
 from tilewise.ops.layer_norm import add_layer_norm, layer_norm
@@ -23,6 +23,8 @@ __all__ = [
     "attention",
     "backend",
     "cross_entropy",
+    "cross_entropy_",
+    "cross_entropy_with_lse",
     "explain",
     "functional",
     "gelu",

@@ -1,16 +1,22 @@
-"""Cross-entropy of logits and class indices, with label smoothing.
+"""Cross-entropy of logits and class indices; the formula is in `tilewise.class_loss`."""
 
-Label smoothing: Szegedy et al., 2015, https://arxiv.org/abs/1512.00567.
-"""
-
-import math
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tilewise.choice import choose
+from tilewise.class_loss import (
+    ClassLoss,
+    as_planes,
+    check_logits,
+    divisor_of,
+    factor_of,
+    options_of,
+    reduced,
+    row_losses,
+    with_sum,
+)
 from tilewise.op import (
     Inputs,
     Op,
@@ -24,40 +30,49 @@ from tilewise.op import (
     wide_dtype,
 )
 
-REDUCTIONS = ("mean", "sum", "none")
-
-# torch splits longer sums among its threads, and their number would then show in the bits.
-SUM_AT_ONCE = 1 << 14
-
 
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
     *,
+    weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     reduction: str = "mean",
+    denom: Tensor | float | None = None,
     check_inputs: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Compare the softmax of each row of `logits` with its target class.
 
-        lse = log(sum_j exp(logits_j))
-        loss = lse - (1 - label_smoothing) * logits_target - label_smoothing * mean_j(logits_j)
+        s = softcap * tanh(logit_scale * logits / softcap)
+        lse = log(sum_j exp(s_j))
+        loss = (1 - label_smoothing) * weight_target * (lse - s_target)
+             + label_smoothing * mean_j(weight_j * (lse - s_j)) + z_loss * lse^2
 
-    The logits are read once forward and once backward, and no other tensor of their size is made
-    but their gradient. A row whose target is `ignore_index` is not read: loss 0, gradient 0. A row
-    whose target is no class has loss NaN and gradient NaN.
+    The logits are scaled first, then capped. They are read once forward and once backward, and no
+    other tensor of their size is made but their gradient. A row whose target is `ignore_index` is
+    not read: loss 0, gradient 0. A row whose target is no class has loss NaN and gradient NaN.
 
     Args:
         logits: `[..., classes]`, floating point. Copied only if the classes of a row do not lie
             side by side, or if more than two of its leading dimensions cannot be merged.
-        target: `[...]`, int64, on the device of `logits`.
+        target: `[...]`, int64, int32 or uint8, on the device of `logits`.
+        weight: `[classes]`, floating point, without gradient. None is all ones.
         ignore_index: The target of rows that do not count.
         label_smoothing: The part of the target that is spread evenly over all classes, 0 to 1.
-        reduction: "mean" over the rows that count (NaN if none does), "sum" or "none".
+        z_loss: How much the square of `lse` counts, at least 0. No class weight applies to it.
+        softcap: Above 0: no score is larger. None leaves them.
+        logit_scale: Multiplies the logits.
+        reduction: "mean" over the rows that count, each by the weight of its target as in PyTorch
+            (NaN if none does); "sum" or "none".
+        denom: By what "mean" divides the sum instead: a number, or a tensor of one element, which
+            stays on its device. For a batch in several parts.
         check_inputs: Raise where a target is no class. Waits for the device.
-        backend: "triton", "numba" or "reference". None picks the first that can run.
+        backend: "cuda", "triton", "numba" or "reference". None picks the first that can run.
 
     Returns:
         A scalar, or `[...]` with "none"; fp32 (fp64 for fp64 `logits`), also for half `logits`.
@@ -67,107 +82,187 @@ def cross_entropy(
         ValueError: If a shape or an option is wrong or `backend` is unknown.
         RuntimeError: If the devices differ, or `backend` is absent or runs on another device.
     """
-    _check(logits, target, ignore_index, label_smoothing, reduction, check_inputs)
-    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    chosen = choose(CROSS_ENTROPY, backend, logits, target, **options, reduction=reduction)
-    if chosen == "reference" or logits.numel() == 0 or transforming():
-        return cross_entropy_reference(logits, target, **options, reduction=reduction)
-
-    planes = _as_planes(logits)
-    flat = target.reshape(planes.shape[:2]).contiguous()
-    losses: Tensor
-    if needs_gradient(planes):
-        losses = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-            planes, flat, ignore_index, label_smoothing, chosen
-        )
-    else:
-        losses, *_ = _forward(planes, flat, ignore_index, label_smoothing, chosen)
-    return _reduced(losses.view(target.shape), target, ignore_index, reduction)
+    name = "cross_entropy"
+    options = options_of(name, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    check_logits(name, logits, target, weight, options, reduction, denom, check_inputs)
+    loss, _ = _losses(CROSS_ENTROPY, logits, target, weight, options, reduction, denom, backend)
+    return loss
 
 
-def _check(
-    logits: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    check_inputs: bool,
-) -> None:
-    if not logits.is_floating_point():
-        raise TypeError(f"cross_entropy: logits must be floating point, got {logits.dtype}")
-    if target.dtype != torch.int64:
-        raise TypeError(f"cross_entropy: target must be torch.int64, got {target.dtype}")
-    if logits.ndim == 0:
-        raise ValueError("cross_entropy: logits must be [..., classes], got a scalar")
-    if logits.shape[-1] == 0:
-        raise ValueError(
-            f"cross_entropy: logits must have at least one class, got {list(logits.shape)}"
-        )
-    if target.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"cross_entropy: logits must be [..., classes] and target [...], "
-            f"got {list(logits.shape)} and {list(target.shape)}"
-        )
-    if target.device != logits.device:
-        raise RuntimeError(f"cross_entropy: target must be on {logits.device}, got {target.device}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(
-            f"cross_entropy: label_smoothing must be between 0 and 1, got {label_smoothing}"
-        )
-    if reduction not in REDUCTIONS:
-        raise ValueError(
-            f"cross_entropy: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}"
-        )
-    if check_inputs:
-        _check_classes(target, ignore_index, logits.shape[-1])
-
-
-def _check_classes(target: Tensor, ignore_index: int, classes: int) -> None:
-    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    rows = wrong.flatten().nonzero()
-    if len(rows):
-        row = int(rows[0])
-        raise ValueError(
-            f"cross_entropy: target must be {ignore_index} or from 0 to {classes - 1}, "
-            f"got {int(target.flatten()[row])} in row {row}"
-        )
-
-
-def cross_entropy_reference(
+def cross_entropy_with_lse(
     logits: Tensor,
     target: Tensor,
     *,
+    weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     reduction: str = "mean",
+    denom: Tensor | float | None = None,
+    check_inputs: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute `cross_entropy`, and the logarithm of the sum of the exponentials of each row.
+
+        lse = log(sum_j exp(s_j)), with s, the loss and all options as in `cross_entropy`
+
+    Both have gradients. The lse of a row that does not count is 0.
+
+    Args:
+        logits: `[..., classes]`, floating point.
+        target: `[...]`, int64, int32 or uint8, on the device of `logits`.
+        weight: `[classes]`, floating point, without gradient. None is all ones.
+        ignore_index: The target of rows that do not count.
+        label_smoothing: The part of the target that is spread evenly over all classes, 0 to 1.
+        z_loss: How much the square of `lse` counts, at least 0.
+        softcap: Above 0: no score is larger. None leaves them.
+        logit_scale: Multiplies the logits, before `softcap`.
+        reduction: Of the loss: "mean", "sum" or "none". The lse is never reduced.
+        denom: By what "mean" divides the sum: a number, or a tensor of one element.
+        check_inputs: Raise where a target is no class. Waits for the device.
+        backend: "cuda", "triton", "numba" or "reference". None picks the first that can run.
+
+    Returns:
+        The loss, a scalar, or `[...]` with "none"; and lse, `[...]`. Both fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As `cross_entropy`.
+    """
+    name = "cross_entropy_with_lse"
+    options = options_of(name, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    check_logits(name, logits, target, weight, options, reduction, denom, check_inputs)
+    return _losses(WITH_LSE, logits, target, weight, options, reduction, denom, backend)
+
+
+def cross_entropy_(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    reduction: str = "mean",
+    denom: Tensor | float | None = None,
+    check_inputs: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
+    """Overwrite `logits` with the gradient of their `cross_entropy`, and return that.
+
+    What is written is the gradient of the loss as it is reduced (of the sum, with "none"), for an
+    upstream gradient of 1. Nothing else of the size of the logits is made.
+
+    Args:
+        logits: `[..., classes]`, floating point, without gradient. The classes of a row lie side
+            by side, no row is there twice, and more than two leading dimensions are contiguous.
+        target: `[...]`, int64, int32 or uint8, on the device of `logits`.
+        weight: `[classes]`, floating point, without gradient. None is all ones.
+        ignore_index: The target of rows that do not count: their logits become 0.
+        label_smoothing: The part of the target that is spread evenly over all classes, 0 to 1.
+        z_loss: How much the square of `lse` counts, at least 0.
+        softcap: Above 0: no score is larger. None leaves them.
+        logit_scale: Multiplies the logits, before `softcap`.
+        reduction: "mean", "sum" or "none".
+        denom: By what "mean" divides the sum: a number, or a tensor of one element.
+        check_inputs: Raise where a target is no class. Waits for the device.
+        backend: "cuda", "triton", "numba" or "reference". None picks the first that can run.
+
+    Returns:
+        The loss, without gradient.
+
+    Raises:
+        TypeError, RuntimeError: As `cross_entropy`.
+        ValueError: As `cross_entropy`; and if `logits` require a gradient or lie otherwise.
+    """
+    name = "cross_entropy_"
+    options = options_of(name, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    check_logits(name, logits, target, weight, options, reduction, denom, check_inputs)
+    if needs_gradient(logits):
+        raise ValueError(f"{name}: logits must be without gradient, got requires_grad=True")
+    sizes = zip(logits.shape, logits.stride(), strict=True)
+    twice = any(size > 1 and stride == 0 for size, stride in sizes)
+    apart = logits.shape[-1] > 1 and logits.stride(-1) != 1
+    if twice or apart or (logits.ndim > 3 and not logits.is_contiguous()):
+        raise ValueError(
+            f"{name}: logits must be rows of neighbouring elements, none of them twice, "
+            f"got {list(logits.shape)} with strides {list(logits.stride())}"
+        )
+    target = target.long()
+    shown = {"weight": weight, "reduction": reduction, "denom": denom} | vars(options)
+    chosen = choose(CROSS_ENTROPY, backend, logits, target, **shown)
+    divisor = divisor_of(target, weight, ignore_index, reduction, denom)
+    if chosen == "reference" or logits.numel() == 0 or transforming():
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            losses, _ = row_losses(leaf, target, weight, options)
+            loss = reduced(losses, reduction, divisor)
+            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        logits.copy_(gradient)
+        return loss.detach()
+
+    factor = factor_of(divisor, logits)
+    planes = as_planes(logits)
+    flat = target.reshape(planes.shape[:2]).contiguous()
+    weights = with_sum(weight, logits.dtype)
+    losses, _ = _in_place(planes, flat, weights, factor, *options.numbers(), chosen)
+    return reduced(losses.view(target.shape), reduction, divisor)
+
+
+def _losses(
+    op: Op,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: ClassLoss,
+    reduction: str,
+    denom: Tensor | float | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """The reduced loss, and lse in the shape of `target`."""
+    target = target.long()
+    shown = {"weight": weight, "reduction": reduction, "denom": denom} | vars(options)
+    chosen = choose(op, backend, logits, target, **shown)
+    if chosen == "reference" or logits.numel() == 0 or transforming():
+        losses, lse = row_losses(logits, target, weight, options)
+    else:
+        planes = as_planes(logits)
+        flat = target.reshape(planes.shape[:2]).contiguous()
+        weights = with_sum(weight, logits.dtype)
+        if needs_gradient(planes):
+            losses, lse = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+                planes, flat, weights, options, chosen
+            )
+        else:
+            losses, lse, _ = _forward(planes, flat, weights, *options.numbers(), chosen)
+        losses, lse = losses.view(target.shape), lse.view(target.shape)
+    divisor = divisor_of(target, weight, options.ignore_index, reduction, denom)
+    return reduced(losses, reduction, divisor), lse
+
+
+def cross_entropy_with_lse_reference(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    denom: Tensor | float | None = None,
+    **numbers: Any,
+) -> tuple[Tensor, Tensor]:
+    """The formula of `cross_entropy_with_lse`, in plain PyTorch."""
+    options = ClassLoss(**numbers | {"softcap": numbers.get("softcap") or 0.0})
+    target = target.long()
+    losses, lse = row_losses(logits, target, weight, options)
+    divisor = divisor_of(target, weight, options.ignore_index, reduction, denom)
+    return reduced(losses, reduction, divisor), lse
+
+
+def cross_entropy_reference(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
     """The formula of `cross_entropy`, in plain PyTorch."""
-    counted = target != ignore_index
-    valid = (target >= 0) & (target < logits.shape[-1])
-    wide = logits.to(wide_dtype(logits.dtype)).where(counted.unsqueeze(-1), 0.0)
-    logprobs = torch.log_softmax(wide, -1)
-    losses = -logprobs.gather(-1, target.where(valid, 0).unsqueeze(-1)).squeeze(-1)
-    if label_smoothing:
-        losses = (1 - label_smoothing) * losses - label_smoothing * logprobs.mean(-1)
-    # A factor, so that the gradient is NaN as well.
-    losses = losses * torch.ones_like(losses).masked_fill(~valid & counted, math.nan)
-    return _reduced(losses.where(counted, 0.0), target, ignore_index, reduction)
-
-
-def _reduced(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """In fp64: the loss of a batch, and of a whole model with it, is then wrong by one rounding."""
-    if reduction == "none":
-        return losses
-    total = _sum_in_order(losses.flatten().double())
-    total = total if reduction == "sum" else total / (target != ignore_index).sum()
-    return total.to(losses.dtype)
-
-
-def _sum_in_order(values: Tensor) -> Tensor:
-    """The sum, its order the same whatever the number of threads."""
-    while values.numel() > SUM_AT_ONCE:
-        values = torch.nn.functional.pad(values, (0, -values.numel() % 128)).view(-1, 128).sum(1)
-    return values.sum()
+    return cross_entropy_with_lse_reference(logits, target, **options)[0]
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -176,59 +271,70 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         target: Tensor,
-        ignore_index: int,
-        label_smoothing: float,
+        weights: Tensor | None,
+        options: ClassLoss,
         chosen: str,
-    ) -> Tensor:
-        losses: Tensor
-        losses, *softmax = _forward(logits, target, ignore_index, label_smoothing, chosen)
-        ctx.save_for_backward(logits, target, *softmax)
-        ctx.options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-        ctx.chosen = chosen
-        return losses
+    ) -> tuple[Tensor, Tensor]:
+        losses, lse, statistics = _forward(logits, target, weights, *options.numbers(), chosen)
+        ctx.save_for_backward(logits, target, weights, statistics)
+        ctx.options, ctx.chosen = options, chosen
+        ctx.set_materialize_grads(False)
+        return losses, lse
 
     @staticmethod
-    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, *softmax = ctx.saved_tensors
+    def backward(
+        ctx: Any, dlosses: Tensor | None, dlse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        logits, target, weights, statistics = ctx.saved_tensors
+        if dlosses is None:
+            dlosses = torch.zeros_like(statistics[0])
         if torch.is_grad_enabled():  # create_graph=True
-            reference = partial(cross_entropy_reference, **ctx.options, reduction="none")
-            dlogits, _ = differentiable_gradients(reference, dlosses, (logits, target))
+            dlse = torch.zeros_like(dlosses) if dlse is None else dlse
+            weight = None if weights is None else weights[:-1]
+
+            def reference(logits: Tensor) -> tuple[Tensor, Tensor]:
+                return row_losses(logits, target, weight, ctx.options)
+
+            (dlogits,) = differentiable_gradients(reference, (dlosses, dlse), (logits,))
         else:
-            options = ctx.options.values()
             dlogits = _backward(
-                dlosses.contiguous(), logits, target, *softmax, *options, ctx.chosen
-            )
+                dlosses.contiguous(), None if dlse is None else dlse.contiguous(),
+                logits, target, weights, statistics, *ctx.options.numbers(), ctx.chosen,
+            )  # fmt: skip
         return dlogits, None, None, None, None
 
 
-def _as_planes(logits: Tensor) -> Tensor:
-    """View `[..., classes]` as `[batch, seq, classes]`, the strides of the first two kept.
-
-    So the logits of all tokens but the last of each sequence, which are no matrix, are not copied.
-    """
-    rows = logits if logits.ndim > 1 else logits.unsqueeze(0)
-    planes = rows.reshape(math.prod(rows.shape[:-2]), *rows.shape[-2:])
-    return planes if planes.stride(-1) == 1 else planes.contiguous()
-
-
 BACKENDS = backends_of("cross_entropy", numba=takes_all, triton=takes_all)
+NUMBERS = (
+    "int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale,"
+    " str backend"
+)
 
 
-# The softmax is kept as the maximum of a row and its sum of exp(logits - maximum), not as their
+def _shapes(logits: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    losses = logits.new_empty(target.shape, dtype=wide_dtype(logits.dtype))
+    return losses, torch.empty_like(losses), losses.new_empty((3, *target.shape))
+
+
+# The softmax is kept as a shift near the maximum of a row and its sum of exp(score - shift), not as
 # lse: added to a large maximum, the low bits of log(sum) would be missing from every gradient.
 _forward = register(
-    "cross_entropy_forward(Tensor logits, Tensor target, int ignore_index, float label_smoothing,"
-    " str backend) -> (Tensor losses, Tensor maxima, Tensor sums)",
+    f"cross_entropy_forward(Tensor logits, Tensor target, Tensor? weights, {NUMBERS})"
+    " -> (Tensor losses, Tensor lse, Tensor statistics)",
     BACKENDS,
-    fake=lambda logits, target, ignore_index, label_smoothing, backend: tuple(
-        logits.new_empty(target.shape, dtype=wide_dtype(logits.dtype)) for _ in range(3)
-    ),
+    fake=_shapes,
 )
 _backward = register(
-    "cross_entropy_backward(Tensor dlosses, Tensor logits, Tensor target, Tensor maxima,"
-    " Tensor sums, int ignore_index, float label_smoothing, str backend) -> Tensor dlogits",
+    "cross_entropy_backward(Tensor dlosses, Tensor? dlse, Tensor logits, Tensor target,"
+    f" Tensor? weights, Tensor statistics, {NUMBERS}) -> Tensor dlogits",
     BACKENDS,
-    fake=lambda dlosses, logits, *rest: logits.new_empty(logits.shape),
+    fake=lambda dlosses, dlse, logits, *rest: logits.new_empty(logits.shape),
+)
+_in_place = register(
+    "cross_entropy_(Tensor(a!) logits, Tensor target, Tensor? weights, Tensor? dlosses,"
+    f" {NUMBERS}) -> (Tensor losses, Tensor lse)",
+    BACKENDS,
+    fake=lambda *tensors: _shapes(*tensors)[:2],
 )
 
 
@@ -236,6 +342,7 @@ def _inputs(
     rows: int,
     classes: int,
     ignored: int = 0,
+    weighted: bool = False,
     *,
     device: str,
     dtype: torch.dtype,
@@ -244,6 +351,8 @@ def _inputs(
     logits = 2 * torch.randn(rows, classes, device=device, dtype=dtype)
     target = torch.randint(classes, (rows,), device=device)
     target[:ignored] = options.get("ignore_index", -100)
+    if weighted:
+        options["weight"] = torch.rand(classes, device=device) + 0.5
     return (logits, target), {"reduction": "none"} | options
 
 
@@ -259,16 +368,33 @@ CROSS_ENTROPY = declare(
             {"rows": 0, "classes": 64},  # empty batch
             {"rows": 3, "classes": 1},  # one class: loss 0, gradient 0
             {"rows": 5, "classes": 127, "ignored": 2},
-            {"rows": 7, "classes": 65, "ignored": 1, "ignore_index": 3},
-            {"rows": 5, "classes": 130, "ignored": 1, "label_smoothing": 0.2},
-            {"rows": 300, "classes": 33, "ignored": 40, "reduction": "mean"},
+            {"rows": 7, "classes": 65, "ignored": 1, "ignore_index": 3, "z_loss": 0.1},
+            {"rows": 5, "classes": 130, "ignored": 1, "label_smoothing": 0.2, "weighted": True},
+            {"rows": 300, "classes": 33, "ignored": 40, "reduction": "mean", "weighted": True},
             {"rows": 67, "classes": 1000, "reduction": "sum", "label_smoothing": 0.1},
-            {"rows": 2, "classes": 8193},  # several blocks, the last one of a single class
+            # several blocks, the last one of a single class
+            {"rows": 2, "classes": 8193, "softcap": 3.0, "logit_scale": 1.5, "z_loss": 0.01},
         ],
         workloads=[
             {"rows": 1024, "classes": classes, "reduction": "mean"} for classes in (32000, 128256)
         ],
         bytes_moved=lambda logits, target, **options: logits.nbytes,
         native=torch.nn.functional.cross_entropy,
+    )
+)
+WITH_LSE = declare(
+    Op(
+        name="cross_entropy_with_lse",
+        call=cross_entropy_with_lse,
+        reference=cross_entropy_with_lse_reference,
+        backends=BACKENDS,
+        inputs=_inputs,
+        sizes=[
+            {"rows": 3, "classes": 8},
+            {"rows": 41, "classes": 65, "ignored": 1, "z_loss": 0.1},
+            {"rows": 5, "classes": 130, "label_smoothing": 0.2, "weighted": True, "softcap": 5.0},
+        ],
+        workloads=[{"rows": 1024, "classes": 32000, "reduction": "mean"}],
+        bytes_moved=lambda logits, target, **options: logits.nbytes,
     )
 )

@@ -1,0 +1,178 @@
+"""A block of a row of logits: its scores, the sum of their powers, its part of the gradient."""
+
+import math
+
+from numba import types
+from numba.extending import overload
+
+from tilewise.kernels.numba._parallel import callee
+from tilewise.kernels.numba._simd import exp, exp_below, load, maximum, offset, real, store
+
+# A shift serves as long as the scores are at most this far above it.
+ROOM = 40.0
+
+LOWEST = -math.inf
+
+# (tanh(u) / u - 1) / u**2 as a polynomial in u**2, interpolated at Chebyshev's points on |u| < 0.65
+_NEAR = 0.65
+_TANH = (0.00221490274, -0.00827245673, 0.0217461871, -0.0539563494, 0.133332907, -0.333333331)
+
+
+def tanh(x):
+    """tanh(x) in vectors for fp32, by libm for fp64."""
+
+
+@overload(tanh, inline="always")
+def _tanh(x):
+    if x == types.float64:
+        return lambda x: math.tanh(x)
+
+    def fp32(x):
+        a, t = abs(x), x * x
+        p = real(x, _TANH[0])
+        p = p * t + real(x, _TANH[1])
+        p = p * t + real(x, _TANH[2])
+        p = p * t + real(x, _TANH[3])
+        p = p * t + real(x, _TANH[4])
+        p = p * t + real(x, _TANH[5])
+        near = x + x * t * p
+        e = exp(a * real(x, -2))
+        far = (real(x, 1) - e) / (real(x, 1) + e)
+        far = far if x > real(x, 0) else -far
+        return far if a > real(x, _NEAR) else near
+
+    return fp32
+
+
+@callee
+def score(row, j, scale, cap):
+    """cap * tanh(scale * x / cap) of one element; no cap is 0."""
+    s = load(row, j) * scale
+    if cap > real(row, 0):
+        s = cap * tanh(s / cap)
+    return s
+
+
+@callee
+def slope(s, scale, cap):
+    """The derivative of a score, from itself."""
+    if cap > real(s, 0):
+        r = s / cap
+        return scale * (real(s, 1) - r * r)
+    return scale
+
+
+@callee
+def read_scores(to, x, count, scale, cap):
+    """The scores of a block, in scratch."""
+    if cap > real(to, 0):
+        inner = scale / cap
+        for j in range(count):
+            store(to, j, cap * tanh(load(x, j) * inner))
+    else:
+        for j in range(count):
+            store(to, j, load(x, j) * scale)
+
+
+@callee
+def _peak(x, count):
+    m = real(x, LOWEST)
+    for j in range(count):
+        m = maximum(load(x, j), m)
+    return m
+
+
+@callee
+def _sum_of_powers(x, count, shift):
+    s = real(x, 0)
+    for j in range(count):
+        s += exp_below(load(x, j) - shift)
+    return s
+
+
+@callee
+def _peak_and_sum(x, count, shift):
+    m, s = real(x, LOWEST), real(x, 0)
+    for j in range(count):
+        v = load(x, j)
+        m = maximum(v, m)
+        s += exp_below(v - shift)
+    return m, s
+
+
+@callee
+def _sum_but_one(x, count, shift, hole):
+    if hole < 0 or hole >= count:
+        return _sum_of_powers(x, count, shift)
+    after = hole + 1
+    return _sum_of_powers(x, hole, shift) + _sum_of_powers(offset(x, after), count - after, shift)
+
+
+@callee
+def add_block(x, count, hole, shift, s):
+    """Take the scores of a block, but for element `hole`, into the sum of exp(score - shift).
+
+    The shift is -inf before the first. It is moved only where a score is too far above it, so that
+    most blocks are read once. Returns the shift and the sum.
+    """
+    if shift > real(x, LOWEST) and (hole < 0 or hole >= count):
+        m, block = _peak_and_sum(x, count, shift)
+        if not m > shift + real(x, ROOM):
+            return shift, s + block
+    else:
+        m = _peak(x, count)
+    if m == real(x, LOWEST):  # exp(-inf - 0) is 0, not NaN
+        return shift, s
+    if m != m:
+        m = real(x, 0)  # the sum becomes NaN
+    elif not m > shift + real(x, ROOM):
+        m = shift
+    s *= exp(shift - m)
+    return m, s + _sum_but_one(x, count, m, hole)
+
+
+@callee
+def weighted_total(x, count, weights, weighted):
+    """The sum of the scores of a block, each times the weight of its class."""
+    total = real(x, 0)
+    if weighted:
+        for j in range(count):
+            total += load(weights, j) * load(x, j)
+    else:
+        for j in range(count):
+            total += load(x, j)
+    return total
+
+
+@callee
+def _subtract(to, count, weights, weighted, pull):
+    if weighted:
+        for j in range(count):
+            store(to, j, load(to, j) - pull * load(weights, j))
+    else:
+        for j in range(count):
+            store(to, j, load(to, j) - pull)
+
+
+@callee
+def gradient_block(to, x, count, weights, weighted, plain, shift, push, pull, scale, cap):
+    """to = (push * exp(s - shift) - pull * weight) * ds/dx, in scratch; plain: s is x."""
+    if plain:
+        for j in range(count):
+            store(to, j, push * exp_below(load(x, j) - shift))
+        if pull != real(to, 0):
+            _subtract(to, count, weights, weighted, pull)
+        return
+    read_scores(to, x, count, scale, cap)
+    inverse = real(to, 1) / cap if cap > real(to, 0) else real(to, 0)
+    if weighted:
+        for j in range(count):
+            s = load(to, j)
+            r = s * inverse
+            g = push * exp_below(s - shift) - pull * load(weights, j)
+            store(to, j, g * scale * (real(to, 1) - r * r))
+    else:
+        for j in range(count):
+            s = load(to, j)
+            r = s * inverse
+            store(to, j, (push * exp_below(s - shift) - pull) * scale * (real(to, 1) - r * r))
