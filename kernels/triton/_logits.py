@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tilewise.kernels.triton._shared import row_options
+from tilewise.kernels.triton._shared import launch_options, row_options
 
 MAX_BLOCK = 8192  # classes: a row of any width goes through registers in blocks of at most this
 
@@ -232,6 +232,15 @@ def _losses_and_gradients_kernel(
         tl.store(x_ptr + col, tl.where(counted, dx, 0.0), mask=mask)
 
 
+@triton.jit
+def _multiply_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    at = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = (at < count) & (factor != 1.0)
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(x_ptr + at, x * factor, mask=mask)
+
+
 # --- What the files of the ops call.
 
 Numbers = tuple[int, float, float, float, float]
@@ -243,6 +252,14 @@ def _flags(cols: int, weights: Tensor | None, numbers: Numbers) -> dict[str, int
         "SMOOTHING": smoothing > 0, "WEIGHTED": weights is not None, "SCALED": scale != 1,
         "CAPPED": cap > 0, **row_options(min(cols, MAX_BLOCK)),
     }  # fmt: skip
+
+
+def multiply_unless_one(x: Tensor, factor: Tensor) -> None:
+    """x *= factor [], for contiguous x; without a look at x where that is 1."""
+    count, block = x.numel(), 4096
+    _multiply_kernel[(triton.cdiv(count, block),)](
+        x, factor, count, BLOCK=block, **launch_options(8)
+    )
 
 
 def row_losses(

@@ -9,6 +9,7 @@ from tilewise.ops.cross_entropy import cross_entropy, cross_entropy_, cross_entr
 from tilewise.ops.gelu import gelu
 from tilewise.ops.glu import glu
 from tilewise.ops.layer_norm import add_layer_norm, layer_norm
+from tilewise.ops.linear_cross_entropy import linear_cross_entropy
 from tilewise.ops.rms_norm import add_rms_norm, rms_norm
 from tilewise.ops.rotary import rotary, rotary_tables
 from tilewise.ops.sample import sample
@@ -30,6 +31,7 @@ __all__ = [
     "gelu",
     "glu",
     "layer_norm",
+    "linear_cross_entropy",
     "log_softmax",
     "nn",
     "rms_norm",

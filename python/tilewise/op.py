@@ -198,6 +198,13 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def backward_is_last() -> bool:
+    """Whether the backward pass that is running lets go of the graph, so that what an op has saved
+    may be written over. What is traced by torch.compile may not."""
+    last = not torch._C._autograd._get_current_graph_task_keep_graph()
+    return last and not torch.compiler.is_compiling()
+
+
 def differentiable_gradients(
     reference: Callable[..., Any],
     douts: Tensor | Sequence[Tensor],

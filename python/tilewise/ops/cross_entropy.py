@@ -304,7 +304,7 @@ class _CrossEntropy(torch.autograd.Function):
         return dlogits, None, None, None, None
 
 
-BACKENDS = backends_of("cross_entropy", numba=takes_all, triton=takes_all)
+BACKENDS = backends_of("cross_entropy", cuda=takes_all, numba=takes_all, triton=takes_all)
 NUMBERS = (
     "int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale,"
     " str backend"
