@@ -4,8 +4,11 @@ from torch import Tensor
 
 from tilewise import linear_loss
 from tilewise.kernels.numba._logits import row_gradients, row_losses, row_losses_and_gradients
+from tilewise.kernels.numba._products import logits, product
 
-ROOM = linear_loss.Room(row_losses, row_gradients, row_losses_and_gradients)
+ROOM = linear_loss.Room(
+    row_losses, row_gradients, row_losses_and_gradients, logits=logits, product=product
+)
 
 
 def linear_cross_entropy_forward(*arguments) -> tuple[Tensor, ...]:

@@ -1,0 +1,134 @@
+"""Whole matrix products of fp32 rows in memory, out of the microkernels of `_matmul`.
+
+PyTorch's reach half of the peak where its BLAS does not use all of the vectors (MKL on AMD). What
+does not fill whole tiles is left to it: a few last rows, and widths that are no multiple of a
+vector. A result's sum runs over the depth in the same order whatever the number of threads.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tilewise import linear_loss
+from tilewise.kernels.numba._matmul import (
+    ADD,
+    HEIGHT,
+    LANES,
+    SET,
+    UNIT,
+    multiply,
+    transpose,
+)
+from tilewise.kernels.numba._parallel import Kernel, take
+from tilewise.kernels.numba._shared import thread_scratch
+from tilewise.kernels.numba._simd import address, kind, load, offset, pointer, real, store
+
+# A tile of the result and what it is made of are to lie in L1, and the B of a block in L2.
+TALL, WIDE, DEEP = np.int64(32), np.int64(192), np.int64(512)
+SIDE = np.int64(64)  # of a square tile of logits
+
+
+@Kernel
+def _product(
+    task, c_at, a_at, b_at, kind, rows, cols, depth, c_stride, a_row, a_step, b_stride,
+    row_group, col_group, groups, add,
+):  # fmt: skip
+    top, left = task // groups * row_group, task % groups * col_group
+    bottom, right = min(top + row_group, rows), min(left + col_group, cols)
+    a, b, c = pointer(a_at, kind), pointer(b_at, kind), pointer(c_at, kind)
+    for deep in range((depth + DEEP - 1) // DEEP):
+        k = deep * DEEP
+        old = ADD if add or deep > 0 else SET
+        for tile in range((bottom - top + TALL - 1) // TALL):
+            i = top + tile * TALL
+            for strip in range((right - left + WIDE - 1) // WIDE):
+                j = left + strip * WIDE
+                multiply(
+                    offset(c, i * c_stride + j), c_stride, offset(a, i * a_row + k * a_step),
+                    a_row, a_step, offset(b, k * b_stride + j), b_stride,
+                    min(TALL, bottom - i), min(WIDE, right - j), min(DEEP, depth - k), old,
+                )  # fmt: skip
+
+
+@Kernel
+def _logits(
+    thread, out_at, weight_at, hidden_at, bias_at, counter, scratch_at, size, kind,
+    tokens, classes, dim, out_stride, weight_stride, width,
+):  # fmt: skip
+    # Classes times tokens, so that what is read a scalar at a time lies as it is; then transposed.
+    scratch = offset(pointer(scratch_at, kind), thread * size)
+    turned = offset(scratch, SIDE * SIDE)
+    tiles = (classes + SIDE - 1) // SIDE
+    bias = pointer(bias_at, kind)
+    tile = take(counter)
+    while tile < tiles:
+        first = tile * SIDE
+        count = min(SIDE, classes - first)
+        weight = offset(pointer(weight_at, kind), first * weight_stride)
+        for block in range((width + SIDE - 1) // SIDE):
+            token = block * SIDE
+            cols = min(SIDE, width - token)
+            multiply(
+                scratch, SIDE, weight, weight_stride, UNIT,
+                offset(pointer(hidden_at, kind), token), width, count, cols, dim, SET,
+            )  # fmt: skip
+            transpose(turned, SIDE, scratch, SIDE, SIDE, cols)
+            for i in range(min(cols, tokens - token)):
+                x = offset(turned, i * SIDE)
+                y = offset(pointer(out_at, kind), (token + i) * out_stride + first)
+                if bias_at:
+                    b = offset(bias, first)
+                    for j in range(count):
+                        store(y, j, load(x, j) + load(b, j))
+                else:
+                    for j in range(count):
+                        store(y, j, load(x, j) + real(x, 0))
+        tile = take(counter)
+
+
+def logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """out [tokens, classes] = hidden weight^T + bias."""
+    tokens, dim = hidden.shape
+    whole = len(weight) // int(HEIGHT) * int(HEIGHT)
+    rows = weight.stride(1) == 1 and out.stride(1) == 1
+    if hidden.dtype != torch.float32 or not rows or whole == 0:
+        linear_loss.logits_by_torch(out, hidden, weight, bias)
+        return
+    width = -(-tokens // LANES) * LANES
+    packed = hidden.new_zeros(dim, width)
+    packed[:, :tokens] = hidden.t()
+    counter, scratch, size = thread_scratch(hidden, 2 * SIDE * SIDE)
+    threads = min(torch.get_num_threads(), -(-whole // int(SIDE)))
+    _logits(
+        threads, out.numel() * dim, address(out), address(weight), address(packed), address(bias),
+        address(counter), address(scratch), size, kind(out),
+        tokens, whole, dim, out.stride(0), weight.stride(0), width,
+    )  # fmt: skip
+    if whole < len(weight):
+        rest = None if bias is None else bias[whole:]
+        linear_loss.logits_by_torch(out[:, whole:], hidden, weight[whole:], rest)
+
+
+def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """out [rows, cols] = a b, added to what it holds with `add`."""
+    rows, depth = a.shape
+    cols = b.shape[1]
+    whole = rows // int(HEIGHT) * int(HEIGHT)
+    dtypes = out.dtype == a.dtype == b.dtype == torch.float32
+    lying = out.stride(1) == 1 and b.stride(1) == 1 and cols % LANES == 0
+    if not dtypes or not lying or whole == 0 or depth == 0:
+        linear_loss.product_by_torch(out, a, b, add)
+        return
+    # Few rows: all of them with some columns of b. Many: some of them with all of b.
+    tall, wide, threads = int(TALL), int(WIDE), torch.get_num_threads()
+    row_group, col_group = (2 * tall, cols) if rows > depth else (whole, wide)
+    groups = -(-cols // col_group)
+    while row_group > tall and -(-whole // row_group) * groups < 2 * threads:
+        row_group = max(-(-row_group // 2) // tall * tall, tall)
+    _product(
+        -(-whole // row_group) * groups, out.numel() * depth, address(out), address(a), address(b),
+        kind(out), whole, cols, depth, out.stride(0), a.stride(0), a.stride(1), b.stride(0),
+        row_group, col_group, groups, add,
+    )  # fmt: skip
+    if whole < rows:
+        linear_loss.product_by_torch(out[whole:], a[whole:], b, add)
