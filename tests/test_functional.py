@@ -39,7 +39,18 @@ CASES = [
     ("cross_entropy", [(3, 6, 2, 5)], {"target": (3, 2, 5), "label_smoothing": 0.1}, True),
     ("cross_entropy", [(3, 6, 7)], {"target": (3, 7), "reduction": "none"}, True),
     ("cross_entropy", [(4, 6)], {"target": (4,), "reduction": "sum"}, True),
-    ("cross_entropy", [(4, 6)], {"target": (4,), "weight": 6}, False),
+    ("cross_entropy", [(4, 6)], {"target": (4,), "weight": 6}, True),
+    ("cross_entropy", [(4, 6)], {"target": (4,), "weight": 6, "label_smoothing": 0.1}, True),
+    *(
+        ("linear_cross_entropy", shapes, options, ours)
+        for shapes, options, ours in [
+            ([(4, 8), (6, 8)], {"target": (4,), "label_smoothing": 0.1}, True),
+            ([(4, 8), (6, 8)], {"target": (4,), "weight": 6, "ignore_index": 2}, True),
+            ([(8,), (6, 8)], {"target": (), "reduction": "none"}, True),
+            ([(4, 8), (6, 3, 8)], {"target": (4, 3)}, True),
+        ]
+        if hasattr(F, "linear_cross_entropy")  # from PyTorch 2.13 on
+    ),
     ("cross_entropy", [(3, 6, 2)], {"target": (3, 6, 2), "label_smoothing": 0.1}, False),
     ("gelu", [(3, 7)], {}, True),
     ("gelu", [(3, 7)], {"approximate": "tanh"}, True),
@@ -134,7 +145,9 @@ def parameters(function):
 
 
 @pytest.mark.parametrize(
-    "name", ["rms_norm", "layer_norm", "softmax", "log_softmax", "cross_entropy"]
+    "name",
+    ["rms_norm", "layer_norm", "softmax", "log_softmax", "cross_entropy"]
+    + ["linear_cross_entropy"] * hasattr(F, "linear_cross_entropy"),
 )
 def test_signatures_are_those_of_torch(name):
     assert parameters(getattr(functional, name)) == parameters(getattr(F, name))

@@ -1,4 +1,4 @@
-"""Cross-entropy of linear logits in CUDA C++: products, and the kernels of the rows between them."""
+"""Cross-entropy of linear logits in CUDA C++: products, and the kernels of rows between them."""
 
 from torch import Tensor
 

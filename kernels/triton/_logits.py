@@ -236,7 +236,7 @@ def _losses_and_gradients_kernel(
 def _multiply_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr).to(tl.float32)
     at = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = (at < count) & (factor != 1.0)
+    mask = at < tl.where(factor == 1.0, 0, count)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(x_ptr + at, x * factor, mask=mask)
 

@@ -217,8 +217,8 @@ def _by_slices(room: Room, problem: Problem, dlosses: Tensor, statistics: Tensor
     """The gradients for dlosses [tokens], from the statistics of whole rows."""
     hidden, weight, bias = problem.hidden, problem.weight, problem.bias
     tokens, classes = len(hidden), len(weight)
-    dhidden, dweight, dbias = _gradients(problem)
-    sums = torch.empty_like(dhidden, dtype=dlosses.dtype)
+    _, dweight, dbias = _gradients(replace(problem, wanted=(False, *problem.wanted[1:])))
+    sums = dlosses.new_empty(hidden.shape if problem.wanted[0] else 0)
     fitting = SLICE_BUDGET // (tokens * hidden.itemsize)
     size = min(classes, max(fitting // CLASSES * CLASSES, min(fitting, CLASSES), 1))
     memory = hidden.new_empty(tokens, _padded(size))

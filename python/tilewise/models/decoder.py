@@ -32,7 +32,7 @@ from tilewise.models.refusals import (
     require_positive,
     require_same_shape,
 )
-from tilewise.ops.cross_entropy import cross_entropy
+from tilewise.ops.linear_cross_entropy import linear_cross_entropy
 
 POSITIONS = ("rotary", "learned")
 
@@ -163,7 +163,7 @@ class Decoder(nn.Module):
             TypeError, ValueError: As `forward`.
         """
         require_same_shape("decoder", "targets", targets, tokens)
-        return cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
+        return linear_cross_entropy(self.features(tokens), self.head.weight, targets)
 
     def features(self, tokens: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
         """What the head reads: `[batch, seq, dim]`. The arguments are those of `forward`."""

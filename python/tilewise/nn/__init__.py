@@ -4,6 +4,7 @@ from tilewise.nn.cross_entropy import CrossEntropyLoss
 from tilewise.nn.gelu import GELU
 from tilewise.nn.glu import GLU
 from tilewise.nn.layer_norm import AddLayerNorm, LayerNorm
+from tilewise.nn.linear_cross_entropy import LinearCrossEntropyLoss
 from tilewise.nn.rms_norm import AddRMSNorm, RMSNorm
 from tilewise.nn.rotary import Rotary
 from tilewise.nn.softmax import LogSoftmax, Softmax
@@ -15,6 +16,7 @@ __all__ = [
     "AddRMSNorm",
     "CrossEntropyLoss",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "LogSoftmax",
     "RMSNorm",
     "Rotary",

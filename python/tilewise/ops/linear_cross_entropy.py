@@ -349,7 +349,7 @@ LINEAR_CROSS_ENTROPY = declare(
         inputs=_inputs,
         sizes=[
             {"tokens": 6, "dim": 16, "classes": 40},
-            {"tokens": 0, "dim": 16, "classes": 8},  # empty batch
+            {"tokens": 0, "dim": 16, "classes": 8, "reduction": "sum"},  # empty batch
             {"tokens": 5, "dim": 7, "classes": 1, "reduction": "sum"},  # loss 0, gradients 0
             {"tokens": 67, "dim": 48, "classes": 131, "ignored": 3},  # nothing is a whole tile
             {"tokens": 33, "dim": 64, "classes": 200, "reduction": "none", "z_loss": 0.01},
