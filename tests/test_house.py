@@ -31,6 +31,7 @@ FLOORS = [
     {"native", "allocator"},
     {"op", "rng", "scores"},
     {"class_loss"},
+    {"rotation"},
     {"choice"},
     {"norm"},
     {"ops"},
@@ -48,8 +49,10 @@ APART = {"ops"}
 FAMILIES = {
     "add_layer_norm": "layer_norm",
     "add_rms_norm": "rms_norm",
-    "log_softmax": "softmax",
+    "bias_gelu": "gelu",
     "cross_entropy_with_lse": "cross_entropy",
+    "glu_packed": "glu",
+    "log_softmax": "softmax",
 }
 ROOMS = {
     "cuda": ["csrc/cuda/{}.cu", "kernels/cuda/{}.py"],

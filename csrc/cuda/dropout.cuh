@@ -35,4 +35,40 @@ __device__ void drop(float (&v)[kWidth], const Dropout& dropout, int64_t row, in
   }
 }
 
+// A thread moves 16 bytes, or where it cannot the elements that share a counter, one by one.
+template <bool kWide, typename T>
+constexpr int kGroups = kWide ? kVector<T> : kPhiloxGroup;
+
+// The first `left` elements at `from`, by as few accesses as there can be.
+template <bool kWide, int kWidth, typename T>
+__device__ void read(float (&out)[kWidth], const T* from, int64_t left) {
+  if constexpr (kWide) {
+    load(out, from);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) out[i] = i < left ? to_float(from[i]) : 0.f;
+  }
+}
+
+template <bool kWide, int kWidth, typename T>
+__device__ void write(T* to, const float (&values)[kWidth], int64_t left) {
+  if constexpr (kWide) {
+    store(to, values);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      if (i < left) to[i] = from_float<T>(values[i]);
+    }
+  }
+}
+
+// Call body with both as constants.
+template <typename Body>
+cudaError_t for_flags(bool a, bool b, Body body) {
+  using Yes = std::true_type;
+  using No = std::false_type;
+  if (a) return b ? body(Yes{}, Yes{}) : body(Yes{}, No{});
+  return b ? body(No{}, Yes{}) : body(No{}, No{});
+}
+
 }  // namespace tilewise

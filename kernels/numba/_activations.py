@@ -9,7 +9,7 @@ from numba.extending import overload
 from tilewise.kernels.numba._parallel import Kernel
 from tilewise.kernels.numba._simd import exp, real
 
-_inline = numba.njit(inline="always")  # a call would keep the loop around it from vectorising
+inline = numba.njit(inline="always")  # a call would keep the loop around it from vectorising
 
 
 # (cdf(x) - 1/2) / x of the normal distribution as a ratio of polynomials in x**2, on |x| < 5.5:
@@ -44,49 +44,49 @@ def _normal_cdf(x):
     return cdf
 
 
-@_inline
+@inline
 def _sigmoid(x):
     return real(x, 1) / (real(x, 1) + exp(-x))
 
 
-@_inline
+@inline
 def _sigmoid_slope(x):  # no digit cancels and nothing overflows
     a = exp(-abs(x))
     r = real(x, 1) / (real(x, 1) + a)
     return r if x > real(x, 0) else a * r, a * r * r
 
 
-@_inline
+@inline
 def _silu(x):
     return x / (real(x, 1) + exp(-x))
 
 
-@_inline
+@inline
 def _silu_slope(x):
     s, slope = _sigmoid_slope(x)
     return x * s, s + x * slope
 
 
-@_inline
+@inline
 def _gelu(x):
     return x * normal_cdf(x)
 
 
-@_inline
+@inline
 def _gelu_slope(x):
     cdf = normal_cdf(x)
     density = real(x, 0.3989422804014327) * exp(real(x, -0.5) * x * x)
     return x * cdf, cdf + x * density
 
 
-@_inline
+@inline
 def _gelu_tanh(x):
     # (1 + tanh(u)) / 2 is the sigmoid of 2 u, u = sqrt(2 / pi) (x + 0.044715 x^3).
     u2 = real(x, 1.5957691216057308) * x * (real(x, 1) + real(x, 0.044715) * x * x)
     return x / (real(x, 1) + exp(-u2))
 
 
-@_inline
+@inline
 def _gelu_tanh_slope(x):
     square = x * x
     u2 = real(x, 1.5957691216057308) * x * (real(x, 1) + real(x, 0.044715) * square)
@@ -95,12 +95,12 @@ def _gelu_tanh_slope(x):
     return x * s, s + x * slope * u2_slope
 
 
-@_inline
+@inline
 def _relu(x):  # NaN is not <= 0
     return real(x, 0) if x <= real(x, 0) else x
 
 
-@_inline
+@inline
 def _relu_slope(x):
     return _relu(x), real(x, 0) if x <= real(x, 0) else real(x, 1)
 

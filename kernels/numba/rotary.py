@@ -6,29 +6,20 @@ import torch
 from torch import Tensor
 
 from tilewise.kernels.numba._parallel import Kernel
+from tilewise.kernels.numba._rotation import PAST, layout, places, position_of
 from tilewise.kernels.numba._shared import parts_for
-from tilewise.kernels.numba._simd import (
-    KINDS,
-    address,
-    kind,
-    load,
-    offset,
-    pointer,
-    real,
-    store,
-)
+from tilewise.kernels.numba._simd import address, kind, load, offset, pointer, real, store
 
 NAN = math.nan  # the angle of a position that the tables do not have
 
 
 @Kernel
 def _rotate(
-    part, q_layout, k_layout, cos_at, sin_at, ids_at, ids_batch_stride, ids_seq_stride,
-    kind, table_kind, index, dim, half, positions, cos_stride, sin_stride, first_position, parts,
-    interleaved, sign,
+    part, q_layout, k_layout, cos_at, sin_at, place,
+    kind, table_kind, dim, half, positions, cos_stride, sin_stride, parts, interleaved, sign,
 ):  # fmt: skip
-    # A layout is what `_layout` says: q and k are walked by the same loops.
-    ids, sign = pointer(ids_at, index), real(kind, sign)
+    # A layout is what `layout` says: q and k are walked by the same loops.
+    sign = real(kind, sign)
     for turn in range(2):
         layout = q_layout if turn == 0 else k_layout
         y_at, x_at, rows, outer, inner, seq_is_inner = layout[:6]
@@ -42,11 +33,12 @@ def _rotate(
             for i in range(first, first + count):
                 x = offset(pointer(x_at, kind), b * x_batch + o * x_outer + i * x_inner)
                 y = offset(pointer(y_at, kind), b * y_batch + o * y_outer + i * y_inner)
-                position = i if seq_is_inner else o
-                if ids_at:
-                    position = load(ids, b * ids_batch_stride + position * ids_seq_stride)
-                position += first_position
+                position = position_of(b, i if seq_is_inner else o, place)
 
+                if position == PAST:
+                    for j in range(dim):
+                        store(y, j, real(kind, 0))
+                    continue
                 if position < 0 or position >= positions:
                     for j in range(2 * half):
                         store(y, j, real(kind, NAN))
@@ -69,64 +61,34 @@ def _rotate(
                     store(y, 2 * half + j, load(x, 2 * half + j))
 
 
-def _layout(y: Tensor, x: Tensor) -> tuple[int, ...]:
-    """Addresses of y and x [batch, heads, seq, dim], and how to walk them as x lies in memory.
-
-    The batch is the outermost loop. Of heads and seq the one with the larger stride comes next.
-    """
-    batch, heads, seq, _ = x.shape
-    y_batch, y_heads, y_seq, _ = y.stride()
-    x_batch, x_heads, x_seq, _ = x.stride()
-    rows, ends = batch * heads * seq, (address(y), address(x))
-    if x_seq <= x_heads:
-        return *ends, rows, heads, seq, 1, y_batch, y_heads, y_seq, x_batch, x_heads, x_seq
-    return *ends, rows, seq, heads, 0, y_batch, y_seq, y_heads, x_batch, x_seq, x_heads
-
-
 def _launch(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None,
-    offset: int,
-    interleaved: bool,
-    sign: int,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
+    position_ids: Tensor | None, cu_seqlens: Tensor | None,
+    offset: int, interleaved: bool, sign: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     q_turned, k_turned = torch.empty_like(q), torch.empty_like(k)
     batch, heads, seq, dim = q.shape
-    ids_strides = (0, 0) if position_ids is None else position_ids.stride()
     parts = parts_for(batch * heads * seq)
     _rotate(
-        parts, q.numel() + k.numel(), _layout(q_turned, q), _layout(k_turned, k),
-        address(cos), address(sin), address(position_ids), *ids_strides,
-        kind(q), kind(cos), KINDS[torch.int64], dim, cos.shape[1], cos.shape[0],
-        cos.stride(0), sin.stride(0), offset, parts, interleaved, sign,
+        parts, q.numel() + k.numel(), layout(q_turned, q), layout(k_turned, k),
+        address(cos), address(sin), places(position_ids, cu_seqlens, offset),
+        kind(q), kind(cos), dim, cos.shape[1], cos.shape[0],
+        cos.stride(0), sin.stride(0), parts, interleaved, sign,
     )  # fmt: skip
     return q_turned, k_turned
 
 
 def rotary_forward(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None,
-    offset: int,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
+    position_ids: Tensor | None, cu_seqlens: Tensor | None, offset: int, interleaved: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q, k [batch, heads, seq, dim], cos, sin [positions, half] -> q, k turned by their angles."""
-    return _launch(q, k, cos, sin, position_ids, offset, interleaved, 1)
+    return _launch(q, k, cos, sin, position_ids, cu_seqlens, offset, interleaved, 1)
 
 
 def rotary_backward(
-    dq: Tensor,
-    dk: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None,
-    offset: int,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
+    dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor,
+    position_ids: Tensor | None, cu_seqlens: Tensor | None, offset: int, interleaved: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dq, dk [batch, heads, seq, dim], cos, sin [positions, half] -> dq, dk turned back."""
-    return _launch(dq, dk, cos, sin, position_ids, offset, interleaved, -1)
+    return _launch(dq, dk, cos, sin, position_ids, cu_seqlens, offset, interleaved, -1)

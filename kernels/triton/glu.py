@@ -9,53 +9,101 @@ from tilewise.kernels.triton._elements import element_block, element_options
 
 
 @triton.jit
+def _clamped(gate, up, limit):
+    """NaN stays: it is not beyond the limit."""
+    return tl.where(gate > limit, limit, gate), tl.where(
+        up > limit, limit, tl.where(up < -limit, -limit, up)
+    )
+
+
+@triton.jit
 def _forward_kernel(
     y_ptr, gate_ptr, up_ptr,
-    cols, gate_stride, up_stride,
-    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+    cols, gate_stride, up_stride, limit, alpha, inverse_alpha, up_offset,
+    ACTIVATION: tl.constexpr, GRAIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, col, mask = element_block(cols, BLOCK)
+    row, col, mask = element_block(cols, GRAIN, BLOCK)
     gate = tl.load(gate_ptr + row * gate_stride + col, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + col, mask=mask, other=0.0).to(tl.float32)
 
-    value, _ = activate(gate, ACTIVATION)
+    gate, up = _clamped(gate, up, limit)
+    value, _ = activate(alpha * gate, ACTIVATION)
+    y = value * inverse_alpha * (up + up_offset)
 
-    tl.store(y_ptr + row * cols + col, value * up, mask=mask)
+    tl.store(y_ptr + row * cols + col, y, mask=mask)
 
 
 @triton.jit
 def _backward_kernel(
     dgate_ptr, dup_ptr, dy_ptr, gate_ptr, up_ptr,
-    cols, dy_stride, gate_stride, up_stride,
-    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+    cols, dgate_stride, dup_stride, dy_stride, gate_stride, up_stride,
+    limit, alpha, inverse_alpha, up_offset,
+    ACTIVATION: tl.constexpr, WANT_DGATE: tl.constexpr, WANT_DUP: tl.constexpr,
+    GRAIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, col, mask = element_block(cols, BLOCK)
+    row, col, mask = element_block(cols, GRAIN, BLOCK)
     dy = tl.load(dy_ptr + row * dy_stride + col, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + col, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + col, mask=mask, other=0.0).to(tl.float32)
 
-    value, slope = activate(gate, ACTIVATION)
+    gate_in, up_in = _clamped(gate, up, limit)
+    value, slope = activate(alpha * gate_in, ACTIVATION)
+    dgate = tl.where(gate > limit, 0.0, dy * (up_in + up_offset) * slope)
+    dup = tl.where(tl.abs(up) > limit, 0.0, dy * (value * inverse_alpha))
 
-    tl.store(dgate_ptr + row * cols + col, dy * up * slope, mask=mask)
-    tl.store(dup_ptr + row * cols + col, dy * value, mask=mask)
+    if WANT_DGATE:
+        tl.store(dgate_ptr + row * dgate_stride + col, dgate, mask=mask)
+    if WANT_DUP:
+        tl.store(dup_ptr + row * dup_stride + col, dup, mask=mask)
 
 
-def glu_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def _launch_backward(
+    dgate: Tensor | None, dup: Tensor | None, dy: Tensor, gate: Tensor, up: Tensor,
+    activation: str, limit: float, alpha: float, up_offset: float,
+) -> None:  # fmt: skip
+    """Of the first two, None is not wanted."""
+    outs = [gate if t is None else t for t in (dgate, dup)]
+    grid, sizes, options = element_options(*outs, dy, gate, up)
+    _backward_kernel[grid](
+        *outs, dy, gate, up, *sizes, limit, alpha, 1 / alpha, up_offset,
+        ACTIVATION=activation, WANT_DGATE=dgate is not None, WANT_DUP=dup is not None, **options,
+    )  # fmt: skip
+
+
+def glu_forward(
+    gate: Tensor, up: Tensor, activation: str, limit: float, alpha: float, up_offset: float
+) -> Tensor:
     """gate, up [rows, cols] -> y [rows, cols]."""
     y = gate.new_empty(gate.shape)
-    grid, cols, options = element_options(gate, up)
+    grid, sizes, options = element_options(gate, up)
     _forward_kernel[grid](
-        y, gate, up, cols, gate.stride(0), up.stride(0), ACTIVATION=activation, **options
+        y, gate, up, *sizes, limit, alpha, 1 / alpha, up_offset, ACTIVATION=activation, **options
     )
     return y
 
 
-def glu_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """dy, gate, up [rows, cols] -> dgate, dup [rows, cols]."""
-    dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-    grid, cols, options = element_options(dy, gate, up)
-    _backward_kernel[grid](
-        dgate, dup, dy, gate, up,
-        cols, dy.stride(0), gate.stride(0), up.stride(0), ACTIVATION=activation, **options,
-    )  # fmt: skip
-    return dgate, dup
+def glu_backward(
+    dy: Tensor, gate: Tensor, up: Tensor,
+    activation: str, limit: float, alpha: float, up_offset: float, want_dgate: bool, want_dup: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dy, gate, up [rows, cols] -> dgate, dup [rows, cols], or empty where not wanted."""
+    dgate, dup = (gate.new_empty(gate.shape) if want else None for want in (want_dgate, want_dup))
+    _launch_backward(dgate, dup, dy, gate, up, activation, limit, alpha, up_offset)
+    none = gate.new_empty(0)
+    return none if dgate is None else dgate, none if dup is None else dup
+
+
+def glu_packed_forward(
+    x: Tensor, activation: str, limit: float, alpha: float, up_offset: float
+) -> Tensor:
+    """x [rows, 2 cols], the gate first -> y [rows, cols]."""
+    return glu_forward(*x.chunk(2, 1), activation, limit, alpha, up_offset)
+
+
+def glu_packed_backward(
+    dy: Tensor, x: Tensor, activation: str, limit: float, alpha: float, up_offset: float
+) -> Tensor:
+    """dy [rows, cols], x [rows, 2 cols] -> dx [rows, 2 cols]."""
+    dx = x.new_empty(x.shape)
+    _launch_backward(*dx.chunk(2, 1), dy, *x.chunk(2, 1), activation, limit, alpha, up_offset)
+    return dx

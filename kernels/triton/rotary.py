@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tilewise.kernels.triton._rotation import angles_of, places, positions_of
 from tilewise.kernels.triton._shared import launch_options
 
 HEADS = 4  # of one program: it reads the tables once for all of them
@@ -14,11 +15,12 @@ TILE = 1024  # pairs of one head at a time: 8 a thread, which is 16 bytes of a h
 @triton.jit
 def _turn_heads(
     y_ptr, x_ptr, y_batch, y_head, y_seq, x_batch, x_head, x_seq,
-    batch, group, row, heads, seq, cos, sin,
+    batch, group, row, heads, seq, is_row, cos, sin,
     HALF: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     inside = (row < seq)[:, None]
+    read = inside & is_row  # a row of no sequence is not read: it may be anything, and becomes 0
     for i in range(group * HEADS, tl.minimum(group * HEADS + HEADS, heads)):
         head = tl.cast(i, tl.int64)
         x_rows = x_ptr + batch * x_batch + head * x_head + (row * x_seq)[:, None]
@@ -27,50 +29,46 @@ def _turn_heads(
         if INTERLEAVED:
             col = tl.arange(0, 2 * BLOCK)[None, :]
             mask = inside & (col < 2 * HALF)
-            x = tl.load(x_rows + col, mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(x_rows + col, mask=mask & read, other=0.0).to(tl.float32)
             a, b = tl.split(tl.reshape(x, [x.shape[0], BLOCK, 2]))
             y = tl.join(a * cos - b * sin, b * cos + a * sin)
             tl.store(y_rows + col, tl.reshape(y, [x.shape[0], 2 * BLOCK]), mask=mask)
         else:
             col = tl.arange(0, BLOCK)[None, :]
             mask = inside & (col < HALF)
-            a = tl.load(x_rows + col, mask=mask, other=0.0).to(tl.float32)
-            b = tl.load(x_rows + HALF + col, mask=mask, other=0.0).to(tl.float32)
+            a = tl.load(x_rows + col, mask=mask & read, other=0.0).to(tl.float32)
+            b = tl.load(x_rows + HALF + col, mask=mask & read, other=0.0).to(tl.float32)
             tl.store(y_rows + col, a * cos - b * sin, mask=mask)
             tl.store(y_rows + HALF + col, b * cos + a * sin, mask=mask)
 
         if REST > 0:
             rest = tl.arange(0, REST_BLOCK)[None, :]
             mask = inside & (rest < REST)
-            passing = tl.load(x_rows + 2 * HALF + rest, mask=mask, other=0.0)
+            passing = tl.load(x_rows + 2 * HALF + rest, mask=mask & read, other=0.0)
             tl.store(y_rows + 2 * HALF + rest, passing, mask=mask)
 
 
 @triton.jit
 def _rotate_kernel(
-    q_turned_ptr, k_turned_ptr, q_ptr, k_ptr, cos_ptr, sin_ptr, ids_ptr,
+    q_turned_ptr, k_turned_ptr, q_ptr, k_ptr, cos_ptr, sin_ptr, ids_ptr, ends_ptr,
     q_turned_batch, q_turned_head, q_turned_seq, k_turned_batch, k_turned_head, k_turned_seq,
     q_batch, q_head, q_seq, k_batch, k_head, k_seq, cos_stride, sin_stride, ids_batch, ids_seq,
-    heads, kv_heads, seq, positions, first_position,
-    HAS_IDS: tl.constexpr, INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    heads, kv_heads, seq, positions, first_position, sequences,
+    HAS_IDS: tl.constexpr, STEPS: tl.constexpr, INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr,
     HALF: tl.constexpr, REST: tl.constexpr, HEADS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.cast(tl.program_id(2), tl.int64)
     group = tl.program_id(1)
     row = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)
-    position = row
-    if HAS_IDS:
-        ids_ptr += batch * ids_batch
-        position = tl.load(ids_ptr + row * ids_seq, mask=row < seq, other=0)
-    position = (position + first_position)[:, None]
-
-    # A position that the tables do not have: its angle is NaN, and nothing is read.
-    pair = tl.arange(0, BLOCK)[None, :]
-    known = (position >= 0) & (position < positions) & (pair < HALF)
-    nan = float("nan")
-    cos = tl.load(cos_ptr + position * cos_stride + pair, mask=known, other=nan).to(tl.float32)
-    sin = tl.load(sin_ptr + position * sin_stride + pair, mask=known, other=nan).to(tl.float32)
+    position, is_row = positions_of(
+        ids_ptr, ends_ptr, batch, row, seq, ids_batch, ids_seq, sequences, HAS_IDS, STEPS
+    )
+    is_row = is_row[:, None]
+    cos, sin = angles_of(
+        cos_ptr, sin_ptr, (position + first_position)[:, None], is_row, cos_stride, sin_stride,
+        positions, HALF, BLOCK,
+    )  # fmt: skip
     if INVERSE:
         sin = -sin
 
@@ -79,14 +77,14 @@ def _rotate_kernel(
         _turn_heads(
             q_turned_ptr, q_ptr,
             q_turned_batch, q_turned_head, q_turned_seq, q_batch, q_head, q_seq,
-            batch, group, row, heads, seq, cos, sin,
+            batch, group, row, heads, seq, is_row, cos, sin,
             HALF, REST, INTERLEAVED, HEADS, BLOCK, REST_BLOCK,
         )  # fmt: skip
     else:
         _turn_heads(
             k_turned_ptr, k_ptr,
             k_turned_batch, k_turned_head, k_turned_seq, k_batch, k_head, k_seq,
-            batch, group - q_groups, row, kv_heads, seq, cos, sin,
+            batch, group - q_groups, row, kv_heads, seq, is_row, cos, sin,
             HALF, REST, INTERLEAVED, HEADS, BLOCK, REST_BLOCK,
         )  # fmt: skip
 
@@ -105,50 +103,36 @@ def _options(dim: int, half: int) -> dict[str, int]:
 
 
 def _launch(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None,
-    offset: int,
-    interleaved: bool,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
+    position_ids: Tensor | None, cu_seqlens: Tensor | None,
+    offset: int, interleaved: bool, inverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     q_turned, k_turned = torch.empty_like(q), torch.empty_like(k)
     batch, heads, seq, dim = q.shape
     kv_heads, options = k.shape[1], _options(dim, cos.shape[1])
     groups = triton.cdiv(heads, HEADS) + triton.cdiv(kv_heads, HEADS)
+    tables, strides, sequences, place_options = places(cos, position_ids, cu_seqlens)
     _rotate_kernel[(triton.cdiv(seq, options["ROWS"]), groups, batch)](
-        q_turned, k_turned, q, k, cos, sin, cos if position_ids is None else position_ids,
+        q_turned, k_turned, q, k, cos, sin, *tables,
         *q_turned.stride()[:3], *k_turned.stride()[:3], *q.stride()[:3], *k.stride()[:3],
-        cos.stride(0), sin.stride(0), *((0, 0) if position_ids is None else position_ids.stride()),
-        heads, kv_heads, seq, cos.shape[0], offset,
-        HAS_IDS=position_ids is not None, INVERSE=inverse, INTERLEAVED=interleaved, **options,
+        cos.stride(0), sin.stride(0), *strides,
+        heads, kv_heads, seq, cos.shape[0], offset, sequences,
+        INVERSE=inverse, INTERLEAVED=interleaved, **place_options, **options,
     )  # fmt: skip
     return q_turned, k_turned
 
 
 def rotary_forward(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None,
-    offset: int,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
+    position_ids: Tensor | None, cu_seqlens: Tensor | None, offset: int, interleaved: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q, k [batch, heads, seq, dim], cos, sin [positions, half] -> q, k turned by their angles."""
-    return _launch(q, k, cos, sin, position_ids, offset, interleaved, inverse=False)
+    return _launch(q, k, cos, sin, position_ids, cu_seqlens, offset, interleaved, inverse=False)
 
 
 def rotary_backward(
-    dq: Tensor,
-    dk: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None,
-    offset: int,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
+    dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor,
+    position_ids: Tensor | None, cu_seqlens: Tensor | None, offset: int, interleaved: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dq, dk [batch, heads, seq, dim], cos, sin [positions, half] -> dq, dk turned back."""
-    return _launch(dq, dk, cos, sin, position_ids, offset, interleaved, inverse=True)
+    return _launch(dq, dk, cos, sin, position_ids, cu_seqlens, offset, interleaved, inverse=True)

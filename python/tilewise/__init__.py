@@ -6,10 +6,12 @@ from tilewise.choice import backend, explain
 from tilewise.op import OPS
 from tilewise.ops.attention import attention
 from tilewise.ops.cross_entropy import cross_entropy, cross_entropy_, cross_entropy_with_lse
-from tilewise.ops.gelu import gelu
-from tilewise.ops.glu import glu
+from tilewise.ops.dropout_add import dropout_add
+from tilewise.ops.gelu import bias_gelu, gelu
+from tilewise.ops.glu import glu, glu_packed
 from tilewise.ops.layer_norm import add_layer_norm, layer_norm
 from tilewise.ops.linear_cross_entropy import linear_cross_entropy
+from tilewise.ops.qk_norm_rotary import qk_norm_rotary
 from tilewise.ops.rms_norm import add_rms_norm, rms_norm
 from tilewise.ops.rotary import rotary, rotary_tables
 from tilewise.ops.sample import sample
@@ -23,17 +25,21 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "backend",
+    "bias_gelu",
     "cross_entropy",
     "cross_entropy_",
     "cross_entropy_with_lse",
+    "dropout_add",
     "explain",
     "functional",
     "gelu",
     "glu",
+    "glu_packed",
     "layer_norm",
     "linear_cross_entropy",
     "log_softmax",
     "nn",
+    "qk_norm_rotary",
     "rms_norm",
     "rotary",
     "rotary_tables",

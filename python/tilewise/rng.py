@@ -176,6 +176,30 @@ def keep_mask(
     return philox_words(seed, offset, rows, columns) >= keep_threshold(p)
 
 
+def dropped(x: Tensor, p: float, seed: Tensor | int, offset: Tensor | int) -> Tensor:
+    """`x` times 1 / (1 - p) where dropout keeps it, 0 elsewhere, whatever `x` is there.
+
+    Args:
+        x: `[..., cols]`; the rows of the counters are those of `[rows, cols]`.
+        p: Probability of dropping an element, from 0 to 1.
+        seed: int64, an int or a tensor `[]` or, one a row, `[rows]`.
+        offset: Like `seed`.
+
+    Returns:
+        The shape and dtype of `x`.
+    """
+    if p == 0:
+        return x
+    rows = x.numel() // max(x.shape[-1], 1)
+    kept = keep_mask(p, seed, offset, counter_rows(seed, rows, x.device), x.shape[-1])
+    return torch.where(kept.expand(rows, -1).view(x.shape), x * keep_scale(p), 0)
+
+
+def keep_scale(p: float) -> float:
+    """By what dropout multiplies the elements that it keeps."""
+    return 0.0 if p == 1 else 1 / (1 - p)
+
+
 # --- What a front door asks.
 
 
@@ -226,6 +250,15 @@ def seed_and_offset(
         return _checked(op, "seed", seed, rows, device), offset
     drawn = torch.randint(_LAST_SEED, (), device=device, generator=generator)
     return drawn, offset
+
+
+def as_arguments(
+    seed: Tensor | int, offset: Tensor | int
+) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """What a torch op takes for them: two tensors or None, then two ints."""
+    seeds, offsets = (n.contiguous() if isinstance(n, Tensor) else None for n in (seed, offset))
+    numbers = (0 if isinstance(n, Tensor) else n for n in (seed, offset))
+    return seeds, offsets, *numbers
 
 
 def counter_rows(seed: Tensor | int, rows: int, device: torch.device) -> Tensor | int:

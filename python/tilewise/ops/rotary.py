@@ -1,7 +1,5 @@
 """Rotary position embedding (Su et al., 2021, https://arxiv.org/abs/2104.09864)."""
 
-import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,17 +7,24 @@ from torch import Tensor
 
 from tilewise.choice import choose
 from tilewise.op import (
-    Inputs,
     Op,
     backends_of,
     declare,
-    differentiable_gradients,
     needs_gradient,
     register,
     takes_all,
     transforming,
-    wide_dtype,
 )
+from tilewise.rotation import (
+    angles,
+    as_given,
+    as_heads,
+    check_rotation,
+    rotated,
+    rotation_inputs,
+    side_by_side,
+)
+from tilewise.rotation import rotary_tables as rotary_tables
 
 
 def rotary(
@@ -31,6 +36,7 @@ def rotary(
     interleaved: bool = False,
     position_ids: Tensor | None = None,
     offset: int = 0,
+    cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotate pairs of dimensions of `q` and `k` by the angles of their positions.
@@ -42,16 +48,18 @@ def rotary(
     `position_ids` names a position that the tables do not have, the rotated dimensions are NaN.
 
     Args:
-        q: `[batch, heads, seq, dim]`, floating point. Any strides: copied only if the dimensions of
-            a head do not lie side by side.
-        k: `[batch, kv_heads, seq, dim]`, dtype and device of `q`.
+        q: `[batch, heads, seq, dim]`, floating point, or packed, `[total, heads, dim]`. Any
+            strides: copied only if the dimensions of a head do not lie side by side.
+        k: `[batch, kv_heads, seq, dim]` or `[total, kv_heads, dim]`, dtype and device of `q`.
         cos: `[positions, rotary_dim / 2]`, rotary_dim <= dim; fp32, or the dtype of `q`. A table
             that requires a gradient is served by the reference.
         sin: Like `cos`. `rotary_tables` makes both.
         interleaved: Whether the dimensions of a pair are neighbours.
         position_ids: `[seq]` or `[batch, seq]`, int64. None is 0, 1, ..., seq - 1.
         offset: Added to every position.
-        backend: "triton", "numba" or "reference". None picks the first that can run.
+        cu_seqlens: `[batch + 1]`, int32: where the packed sequences begin, 0 first, and where the
+            last one ends. Positions count from the beginning of each; rows past the last are 0.
+        backend: "cuda", "triton", "numba" or "reference". None picks the first that can run.
 
     Returns:
         The rotated q and k, each with the shape, dtype and order in memory it came with.
@@ -62,111 +70,25 @@ def rotary(
             end before `offset + seq`.
         RuntimeError: If the devices differ, or `backend` is absent or runs on another device.
     """
-    _check(q, k, cos, sin, position_ids, offset)
+    check_rotation("rotary", q, k, cos, sin, position_ids, offset, cu_seqlens)
     options: dict[str, Any] = {
-        "interleaved": interleaved, "position_ids": position_ids, "offset": offset
+        "interleaved": interleaved, "position_ids": position_ids, "offset": offset,
+        "cu_seqlens": cu_seqlens,
     }  # fmt: skip
     chosen = choose(ROTARY, backend, q, k, cos, sin, **options)
     plain = chosen == "reference" or q.numel() == 0 or k.numel() == 0 or transforming()
     if plain or needs_gradient(cos, sin):
         return rotary_reference(q, k, cos, sin, **options)
 
+    packed = cu_seqlens is not None
+    heads = (as_heads(side_by_side(q), packed), as_heads(side_by_side(k), packed))
     ids = position_ids if position_ids is None else position_ids.expand(q.shape[0], q.shape[2])
-    tensors = (_side_by_side(q), _side_by_side(k), _side_by_side(cos), _side_by_side(sin))
+    ends = cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
     rotate = _Rotary.apply if needs_gradient(q, k) else _forward
-    turned: tuple[Tensor, Tensor] = rotate(  # type: ignore[no-untyped-call]
-        *tensors, ids, offset, interleaved, chosen
+    q_turned, k_turned = rotate(  # type: ignore[no-untyped-call]
+        *heads, side_by_side(cos), side_by_side(sin), ids, ends, offset, interleaved, chosen
     )
-    return turned
-
-
-def _check(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, offset: int
-) -> None:
-    if not q.is_floating_point():
-        raise TypeError(f"rotary: q must be floating point, got {q.dtype}")
-    if k.dtype != q.dtype:
-        raise TypeError(f"rotary: k must be {q.dtype}, got {k.dtype}")
-    if q.ndim != 4 or k.ndim != 4 or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"rotary: q must be [batch, heads, seq, dim] and k [batch, kv_heads, seq, dim], "
-            f"got {list(q.shape)} and {list(k.shape)}"
-        )
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.dtype not in (q.dtype, torch.float32):
-            raise TypeError(f"rotary: {name} must be {q.dtype} or torch.float32, got {table.dtype}")
-    if sin.dtype != cos.dtype:
-        raise TypeError(f"rotary: sin must be {cos.dtype} like cos, got {sin.dtype}")
-    if cos.ndim != 2 or sin.shape != cos.shape or cos.numel() == 0:
-        raise ValueError(
-            f"rotary: cos and sin must be [positions, rotary_dim / 2], not empty, "
-            f"got {list(cos.shape)} and {list(sin.shape)}"
-        )
-    if 2 * cos.shape[1] > q.shape[3]:
-        raise ValueError(
-            f"rotary: rotary_dim must be at most dim = {q.shape[3]}, got {2 * cos.shape[1]}"
-        )
-    if position_ids is not None:
-        _check_positions(position_ids, q)
-    elif offset < 0 or offset + q.shape[2] > cos.shape[0]:
-        raise ValueError(
-            f"rotary: positions must be from 0 to {cos.shape[0] - 1}, "
-            f"got {offset} to {offset + q.shape[2] - 1}"
-        )
-    for name, t in (("k", k), ("cos", cos), ("sin", sin), ("position_ids", position_ids)):
-        if t is not None and t.device != q.device:
-            raise RuntimeError(f"rotary: {name} must be on {q.device}, got {t.device}")
-
-
-def _check_positions(position_ids: Tensor, q: Tensor) -> None:
-    batch, _, seq, _ = q.shape
-    if position_ids.dtype != torch.int64:
-        raise TypeError(f"rotary: position_ids must be torch.int64, got {position_ids.dtype}")
-    if position_ids.shape not in ((seq,), (1, seq), (batch, seq)):
-        raise ValueError(
-            f"rotary: position_ids must be [{seq}] or [{batch}, {seq}], "
-            f"got {list(position_ids.shape)}"
-        )
-
-
-def rotary_tables(
-    positions: int,
-    dim: int,
-    base: float = 10000.0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
-    """Make the tables for `rotary`.
-
-        angle = position / base^(2 i / dim), for i from 0 to dim / 2 - 1
-
-    Computed in fp64 and rounded once, so that late positions are as right as early ones.
-
-    Args:
-        positions: How many: 0 to `positions` - 1.
-        dim: The dimensions that are rotated, an even number.
-        base: The longest wavelength is nearly 2 pi times this.
-        device: Where the tables lie.
-        dtype: Floating point.
-
-    Returns:
-        cos and sin, each `[positions, dim / 2]`.
-
-    Raises:
-        TypeError: If `dtype` is not floating point.
-        ValueError: If a number is out of range.
-    """
-    if not dtype.is_floating_point:
-        raise TypeError(f"rotary_tables: dtype must be floating point, got {dtype}")
-    if positions < 1:
-        raise ValueError(f"rotary_tables: positions must be at least 1, got {positions}")
-    if dim < 2 or dim % 2:
-        raise ValueError(f"rotary_tables: dim must be even and at least 2, got {dim}")
-    if base <= 0:
-        raise ValueError(f"rotary_tables: base must be positive, got {base}")
-    exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
-    angles = torch.outer(torch.arange(positions, dtype=torch.float64), base**-exponents)
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    return as_given(q_turned, packed), as_given(k_turned, packed)
 
 
 def rotary_reference(
@@ -178,30 +100,14 @@ def rotary_reference(
     interleaved: bool = False,
     position_ids: Tensor | None = None,
     offset: int = 0,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The formula of `rotary`, in plain PyTorch."""
-    if position_ids is None:
-        cos, sin = (t[offset : offset + q.shape[-2]] for t in (cos, sin))
-    else:  # [batch, seq] -> [batch, 1, seq, half]
-        positions = position_ids + offset
-        known = (positions >= 0) & (positions < len(cos))
-        cos, sin = (
-            t[positions.where(known, 0)].where(known.unsqueeze(-1), math.nan).unsqueeze(-3)
-            for t in (cos, sin)
-        )
-    return _rotated(q, cos, sin, interleaved), _rotated(k, cos, sin, interleaved)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    wide, half = x.to(wide_dtype(x.dtype)), cos.shape[-1]
-    turning, rest = wide[..., : 2 * half], wide[..., 2 * half :]
-    if interleaved:
-        a, b = turning[..., ::2], turning[..., 1::2]
-        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-    else:
-        a, b = turning.chunk(2, -1)
-        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    return torch.cat([turned, rest], -1).to(x.dtype)
+    packed, dtype = cu_seqlens is not None, q.dtype
+    q, k = as_heads(q, packed), as_heads(k, packed)
+    turns = angles(cos, sin, q.shape[2], position_ids, offset, cu_seqlens)
+    q, k = (rotated(x, *turns, interleaved).to(dtype) for x in (q, k))
+    return as_given(q, packed), as_given(k, packed)
 
 
 class _Rotary(torch.autograd.Function):
@@ -213,85 +119,64 @@ class _Rotary(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         position_ids: Tensor | None,
+        cu_seqlens: Tensor | None,
         offset: int,
         interleaved: bool,
         chosen: str,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(q, k, cos, sin, position_ids)
+        ctx.save_for_backward(cos, sin, position_ids, cu_seqlens)
         ctx.offset, ctx.interleaved, ctx.chosen = offset, interleaved, chosen
+        ctx.set_materialize_grads(False)
         turned: tuple[Tensor, Tensor] = _forward(
-            q, k, cos, sin, position_ids, offset, interleaved, chosen
+            q, k, cos, sin, position_ids, cu_seqlens, offset, interleaved, chosen
         )
         return turned
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, cos, sin, ids = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
-            reference = partial(
-                rotary_reference, interleaved=ctx.interleaved, position_ids=ids, offset=ctx.offset
-            )
-            tables = cos.detach(), sin.detach()
-            grads = differentiable_gradients(
-                lambda q, k: reference(q, k, *tables), (dq, dk), (q, k)
-            )
-        else:
-            dq, dk = _side_by_side(dq), _side_by_side(dk)
-            grads = _backward(dq, dk, cos, sin, ids, ctx.offset, ctx.interleaved, ctx.chosen)
-        return *grads, None, None, None, None, None, None
+    def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
+        cos, sin, ids, ends = ctx.saved_tensors
+        unused = (None,) * 7
+        grads = [
+            d if want else None for d, want in zip((dq, dk), ctx.needs_input_grad, strict=False)
+        ]
+        if torch.is_grad_enabled():  # create_graph=True: the inverse turns the other way
+            tables = cos.detach(), -sin.detach()
+            return *(
+                None
+                if d is None
+                else rotated(
+                    d, *angles(*tables, d.shape[2], ids, ctx.offset, ends), ctx.interleaved
+                ).to(d.dtype)
+                for d in grads
+            ), *unused
+        given = [side_by_side(d) for d in grads if d is not None]
+        if not given:
+            return None, None, *unused
+        if len(given) == 1:  # the other has no heads
+            given.append(given[0][:, :0])
+            back = _backward(*given, cos, sin, ids, ends, ctx.offset, ctx.interleaved, ctx.chosen)
+            return *(None if d is None else back[0] for d in grads), *unused
+        return *_backward(
+            *given, cos, sin, ids, ends, ctx.offset, ctx.interleaved, ctx.chosen
+        ), *unused
 
 
-def _side_by_side(x: Tensor) -> Tensor:
-    """`x`, copied only if the elements of its last dimension do not lie side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-BACKENDS = backends_of("rotary", numba=takes_all, triton=takes_all)
+BACKENDS = backends_of("rotary", cuda=takes_all, numba=takes_all, triton=takes_all)
 
 _forward = register(
     "rotary_forward(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? position_ids,"
-    " SymInt offset, bool interleaved, str backend) -> (Tensor q_turned, Tensor k_turned)",
+    " Tensor? cu_seqlens, SymInt offset, bool interleaved, str backend)"
+    " -> (Tensor q_turned, Tensor k_turned)",
     BACKENDS,
     fake=lambda q, k, *rest: (torch.empty_like(q), torch.empty_like(k)),
 )
 _backward = register(
     "rotary_backward(Tensor dq_turned, Tensor dk_turned, Tensor cos, Tensor sin,"
-    " Tensor? position_ids, SymInt offset, bool interleaved, str backend)"
+    " Tensor? position_ids, Tensor? cu_seqlens, SymInt offset, bool interleaved, str backend)"
     " -> (Tensor dq, Tensor dk)",
     BACKENDS,
     fake=lambda dq, dk, *rest: (torch.empty_like(dq), torch.empty_like(dk)),
 )
-
-
-def _inputs(
-    batch: int,
-    heads: int,
-    seq: int,
-    dim: int,
-    kv_heads: int | None = None,
-    rotary_dim: int | None = None,
-    table: str = "like q",
-    order: str = "batch, heads, seq, dim",
-    positions: str = "consecutive",
-    *,
-    device: str,
-    dtype: torch.dtype,
-    **options: Any,
-) -> Inputs:
-    def make(heads: int) -> Tensor:
-        if order == "batch, heads, seq, dim":
-            return torch.randn(batch, heads, seq, dim, device=device, dtype=dtype)
-        return torch.randn(batch, seq, heads, dim, device=device, dtype=dtype).transpose(1, 2)
-
-    tables = rotary_tables(
-        seq + 5, rotary_dim or dim, 100.0, device, dtype if table == "like q" else torch.float32
-    )
-    if positions == "a row for each sequence":
-        options["position_ids"] = torch.randint(seq + 3, (batch, seq), device=device)
-    if positions == "a row for all":
-        options["position_ids"] = torch.arange(seq, device=device).flip(0)
-    q, k = make(heads), make(heads if kv_heads is None else kv_heads)
-    return (q, k, *tables), {"offset": 2} | options
 
 
 ROTARY = declare(
@@ -300,7 +185,7 @@ ROTARY = declare(
         call=rotary,
         reference=rotary_reference,
         backends=BACKENDS,
-        inputs=_inputs,
+        inputs=rotation_inputs,
         sizes=[
             {"batch": 2, "heads": 2, "seq": 3, "dim": 4},
             {"batch": 0, "heads": 2, "seq": 3, "dim": 4},  # empty batch
@@ -319,6 +204,10 @@ ROTARY = declare(
             {
                 "batch": 2, "heads": 4, "seq": 67, "dim": 128, "kv_heads": 1,
                 "order": "batch, seq, heads, dim", "positions": "a row for all",
+            },
+            {  # packed: an empty sequence, a last one of one row, and rows past it
+                "batch": 1, "heads": 3, "seq": 41, "dim": 48, "rotary_dim": 32, "kv_heads": 1,
+                "lengths": (17, 0, 19, 1),
             },
         ],
         workloads=[
