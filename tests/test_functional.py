@@ -54,6 +54,8 @@ CASES = [
     ("cross_entropy", [(3, 6, 2)], {"target": (3, 6, 2), "label_smoothing": 0.1}, False),
     ("gelu", [(3, 7)], {}, True),
     ("gelu", [(3, 7)], {"approximate": "tanh"}, True),
+    ("glu", [(3, 8)], {}, True),
+    ("glu", [(4, 3, 5)], {"dim": 0}, True),
     *(
         ("scaled_dot_product_attention", shapes, options, ours)
         for shapes, options, ours in [
@@ -157,6 +159,7 @@ def test_signatures_are_those_of_torch(name):
     "name, signature",
     [
         ("gelu", "(input, approximate='none')"),
+        ("glu", "(input, dim=-1)"),
         (
             "scaled_dot_product_attention",
             "(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, "

@@ -201,6 +201,58 @@ def test_glu_is_swiglu_unless_told():
     assert torch.equal(tilewise.nn.GLU()(gate, up), tilewise.glu(gate, up, "silu"))
 
 
+def test_glu_of_gpt_oss_packed_or_not():
+    gate, up = torch.randn(2, 70, 33).unbind()
+    options = {"limit": 7.0, "alpha": 1.702, "up_offset": 1.0}
+    packed = tilewise.nn.PackedGLU(**options)
+    assert repr(packed) == "PackedGLU('silu', limit=7.0, alpha=1.702, up_offset=1.0)"
+    y = packed(4 * torch.cat([gate, up], -1))
+    assert torch.equal(y, tilewise.nn.GLU(**options)(4 * gate, 4 * up))
+    assert torch.equal(y, tilewise.glu(4 * gate, 4 * up, **options))
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_bias_gelu(approximate):
+    torch.manual_seed(0)
+    ours = tilewise.nn.BiasGELU(33, approximate, dropout_p=0.5).eval()
+    assert repr(ours) == f"BiasGELU(33, approximate={approximate!r}, dropout_p=0.5)"
+    torch.nn.init.normal_(ours.bias)
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(ours.bias.detach().clone())
+
+        def forward(self, x):
+            return nn.functional.gelu(x + self.bias, approximate=approximate)
+
+    hold(ours, Plain(), torch.randn(70, 33))
+    x = torch.randn(70, 33)
+    dropped = ours.train()(x) == 0
+    assert 0.4 < dropped.float().mean() < 0.6
+    assert not torch.equal(ours(x) == 0, dropped)
+
+
+def test_dropout_add_drops_in_training_only():
+    module, (x, residual) = tilewise.nn.DropoutAdd(0.5), torch.randn(2, 70, 33).unbind()
+    kept = module(x, residual) != residual
+    assert 0.4 < kept.float().mean() < 0.6
+    assert torch.equal(module.eval()(x, residual), x + residual)
+    assert repr(module) == "DropoutAdd(p=0.5)"
+
+
+def test_qk_norm_rotary_is_the_norm_and_then_the_turn():
+    torch.manual_seed(0)
+    module = tilewise.nn.QKNormRotary(8, 50, 12, weight_offset=1.0)
+    assert not module.q_weight.any()
+    assert set(module.state_dict()) == {"q_weight", "k_weight"}
+    q, k = torch.randn(2, 3, 20, 12), torch.randn(2, 1, 20, 12)
+    norm, rotary = tilewise.nn.RMSNorm(12, 1e-6), tilewise.nn.Rotary(8, 50)
+    expected = rotary(norm(q), norm(k), offset=3)
+    for ours, theirs in zip(module(q, k, offset=3), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("shape", [(70, 9), (9,), (6, 9, 5, 3)], ids=str)
 def test_cross_entropy_loss(shape, reduction):

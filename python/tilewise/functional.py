@@ -15,6 +15,7 @@ from tilewise.op import autocast_dtype, wide_dtype
 from tilewise.ops import attention as _attention
 from tilewise.ops import cross_entropy as _cross_entropy
 from tilewise.ops import gelu as _gelu
+from tilewise.ops import glu as _glu
 from tilewise.ops import layer_norm as _layer_norm
 from tilewise.ops import linear_cross_entropy as _linear_cross_entropy
 from tilewise.ops import rms_norm as _rms_norm
@@ -301,6 +302,26 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         ValueError: If `approximate` is unknown.
     """
     return _gelu.gelu(input, approximate)
+
+
+def glu(input: Tensor, dim: int = -1) -> Tensor:
+    """Gate one half by the sigmoid of the other, as `torch.nn.functional.glu`.
+
+    Args:
+        input: `[...]`, floating point, of even size in `dim`: first what is gated, then the gate.
+        dim: The dimension to halve.
+
+    Returns:
+        The shape of `input` with half the size in `dim`, its dtype.
+
+    Raises:
+        TypeError: If the dtype is wrong.
+        IndexError: If there is no such dimension.
+    """
+    if input.ndim == 0 or input.shape[dim] % 2:
+        return _torch.glu(input, dim)
+    up, gate = input.chunk(2, dim)
+    return _glu.glu(gate, up, "sigmoid")
 
 
 def scaled_dot_product_attention(

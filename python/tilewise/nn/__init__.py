@@ -1,12 +1,13 @@
 """Modules: parameters and one op call each, state_dict-compatible with torch.nn."""
 
 from tilewise.nn.cross_entropy import CrossEntropyLoss
-from tilewise.nn.gelu import GELU
-from tilewise.nn.glu import GLU
+from tilewise.nn.dropout_add import DropoutAdd
+from tilewise.nn.gelu import BiasGELU, GELU
+from tilewise.nn.glu import GLU, PackedGLU
 from tilewise.nn.layer_norm import AddLayerNorm, LayerNorm
 from tilewise.nn.linear_cross_entropy import LinearCrossEntropyLoss
 from tilewise.nn.rms_norm import AddRMSNorm, RMSNorm
-from tilewise.nn.rotary import Rotary
+from tilewise.nn.rotary import QKNormRotary, Rotary
 from tilewise.nn.softmax import LogSoftmax, Softmax
 
 __all__ = [
@@ -14,10 +15,14 @@ __all__ = [
     "GLU",
     "AddLayerNorm",
     "AddRMSNorm",
+    "BiasGELU",
     "CrossEntropyLoss",
+    "DropoutAdd",
     "LayerNorm",
     "LinearCrossEntropyLoss",
     "LogSoftmax",
+    "PackedGLU",
+    "QKNormRotary",
     "RMSNorm",
     "Rotary",
     "Softmax",

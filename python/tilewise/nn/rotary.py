@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tilewise.op import wide_dtype
+from tilewise.ops.qk_norm_rotary import qk_norm_rotary
 from tilewise.ops.rotary import rotary, rotary_tables
 
 
@@ -36,15 +37,22 @@ class Rotary(torch.nn.Module):
         self._make_tables()
 
     def forward(
-        self, q: Tensor, k: Tensor, *, offset: int = 0, position_ids: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        offset: int = 0,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Turn `q` and `k`.
 
         Args:
-            q: `[batch, heads, seq, head_dim]`.
-            k: `[batch, kv_heads, seq, head_dim]`.
+            q: `[batch, heads, seq, head_dim]`, or packed, `[total, heads, head_dim]`.
+            k: `[batch, kv_heads, seq, head_dim]` or `[total, kv_heads, head_dim]`.
             offset: The position of the first row.
             position_ids: `[batch, seq]`, int64; None counts from 0.
+            cu_seqlens: `[batch + 1]`, int32: the beginnings and the end of packed sequences.
         """
         return rotary(
             q,
@@ -54,6 +62,7 @@ class Rotary(torch.nn.Module):
             interleaved=self.interleaved,
             position_ids=position_ids,
             offset=offset,
+            cu_seqlens=cu_seqlens,
         )
 
     def extra_repr(self) -> str:
@@ -69,3 +78,59 @@ class Rotary(torch.nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._make_tables()
         return self
+
+
+class QKNormRotary(Rotary):
+    """Normalise each head of queries and keys by its root mean square, then turn it, in one pass.
+
+    Args:
+        dim: As in `Rotary`.
+        positions: As in `Rotary`.
+        head_dim: Width of a head, and of both weights; None is `dim`.
+        eps: Added to the mean square.
+        base: As in `Rotary`.
+        interleaved: As in `Rotary`.
+        weight_offset: Added to both weights, which begin at 1 less that.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        positions: int,
+        head_dim: int | None = None,
+        eps: float = 1e-6,
+        *,
+        base: float = 10000.0,
+        interleaved: bool = False,
+        weight_offset: float = 0.0,
+    ) -> None:
+        super().__init__(dim, positions, base=base, interleaved=interleaved)
+        self.eps, self.weight_offset = eps, weight_offset
+        width = dim if head_dim is None else head_dim
+        self.q_weight = torch.nn.Parameter(torch.full((width,), 1 - weight_offset))
+        self.k_weight = torch.nn.Parameter(torch.full((width,), 1 - weight_offset))
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        offset: int = 0,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Normalise and turn `q` and `k`; the arguments are those of `Rotary`."""
+        return qk_norm_rotary(
+            q,
+            k,
+            self.q_weight,
+            self.k_weight,
+            self.cos,
+            self.sin,
+            eps=self.eps,
+            interleaved=self.interleaved,
+            position_ids=position_ids,
+            offset=offset,
+            cu_seqlens=cu_seqlens,
+            weight_offset=self.weight_offset,
+        )

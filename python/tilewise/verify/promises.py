@@ -74,7 +74,7 @@ def _whole_heads(kernel: Kernel) -> bool:
 
 _NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
 _ROWS = (*_NORMS, "softmax", "log_softmax")
-_ELEMENTS = ("gelu", "glu")
+_ELEMENTS = ("gelu", "glu", "glu_packed")
 PROMISES: Sequence[Promise] = (
     Promise(_ROWS, sizes=_aligned("cols"), wide=True),
     Promise(_ELEMENTS, sizes=_aligned("cols"), wide=True),
@@ -98,6 +98,14 @@ PROMISES: Sequence[Promise] = (
     *(
         Promise(_ROWS, f"*<{width},*", "cuda", dtypes=frozenset({dtype}), wide=True)
         for width, dtype in ((8, "bfloat16"), (8, "float16"), (4, "float32"))
+    ),
+    *(
+        Promise((op,), f"*<{first},*", "cuda", dtypes=frozenset({dtype}), wide=True)
+        for dtype, width in (("bfloat16", 8), ("float16", 8), ("float32", 4))
+        for op, first in (
+            ("glu", width), ("gelu", width), ("gelu", "true"), ("dropout_add", "true"),
+            ("rotary", width), ("qk_norm_rotary", width),
+        )
     ),
 )  # fmt: skip
 
