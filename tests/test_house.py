@@ -32,6 +32,7 @@ FLOORS = [
     {"op", "rng", "scores"},
     {"class_loss"},
     {"rotation"},
+    {"lookup"},
     {"choice"},
     {"norm"},
     {"ops"},

@@ -7,6 +7,7 @@ from tilewise.op import OPS
 from tilewise.ops.attention import attention
 from tilewise.ops.cross_entropy import cross_entropy, cross_entropy_, cross_entropy_with_lse
 from tilewise.ops.dropout_add import dropout_add
+from tilewise.ops.embed import embed
 from tilewise.ops.gelu import bias_gelu, gelu
 from tilewise.ops.glu import glu, glu_packed
 from tilewise.ops.layer_norm import add_layer_norm, layer_norm
@@ -30,6 +31,7 @@ __all__ = [
     "cross_entropy_",
     "cross_entropy_with_lse",
     "dropout_add",
+    "embed",
     "explain",
     "functional",
     "gelu",

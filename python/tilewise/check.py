@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tilewise.choice import refusal
-from tilewise.op import INTERPRETED, Op, Size, Tensors
+from tilewise.op import INTERPRETED, Op, Size, Tensors, leading
 
 BLOCK_ROWS = 32
 NUDGES = 3
@@ -173,8 +173,7 @@ class Standard:
 
 def standard_of(op: Op, tensors: Tensors, options: dict[str, Any]) -> Standard:
     """Run the reference, in fp64 and in the dtype of `tensors`."""
-    first = tensors[0]
-    assert first is not None
+    first = leading(tensors)
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

@@ -48,7 +48,7 @@ class Backend:
         module: Import path of the module that holds `<op>_forward` and `<op>_backward`.
         needs: Importable module without which this backend is absent.
         devices: Torch device types it runs on.
-        dtypes: Dtypes it accepts for the first tensor.
+        dtypes: Dtypes it accepts for the first tensor of floating point.
         refuses: Given the op's tensors and options, what it cannot do about them, or None.
         declines: Given the same, why another backend is faster, or None: only the automatic choice
             heeds it.
@@ -227,6 +227,12 @@ def differentiable_gradients(
             torch.autograd.grad(outs, wanted, douts, create_graph=True, materialize_grads=True)
         )
     return tuple(next(grads) if t is not None and t.requires_grad else None for t in leaves)
+
+
+def leading(tensors: Sequence[Tensor | None]) -> Tensor:
+    """The first tensor of floating point, whose dtype is that of the op; else the first of all."""
+    given = [t for t in tensors if t is not None]
+    return next((t for t in given if t.is_floating_point()), given[0])
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

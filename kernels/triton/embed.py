@@ -1,0 +1,371 @@
+"""Embedding on the GPU: one program a row, held in registers, or in blocks where it is wide.
+
+Backward never holds a tensor of the size of dy. Rows are walked by id, in chunks: a run of one id
+within a chunk goes to the gradient at once, and what a run leaves of other chunks is joined after.
+"""
+
+from math import isqrt
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tilewise.kernels.triton._lookup import draw, dropped, gather, row_of, where_of
+from tilewise.kernels.triton._runs import TALL, _join_kernel, key_of
+from tilewise.kernels.triton._shared import (
+    MAX_PARTS,
+    WIDE_ROW,
+    WIDEST_BLOCK,
+    launch_options,
+    row_options,
+)
+
+WIDEST_WALK = 1024  # columns of a program that walks rows: 16 bytes of bf16 a thread
+WIDEST_JOIN = 256
+
+SEARCH_SPACE = {
+    "_forward_kernel": {"num_warps": (1, 2, 4, 8, 16)},
+    "_norm_backward_kernel": {"num_warps": (1, 2, 4, 8, 16)},
+    "_table_backward_kernel": {"BLOCK": (256, 512, 1024, 2048), "num_warps": (1, 2, 4, 8)},
+}
+
+
+@triton.jit(do_not_specialize=["seed", "offset", "threshold"])
+def _forward_kernel(
+    y_ptr, mean_ptr, rstd_ptr,
+    token_ids_ptr, token_ptr, tokens, token_stride, token_period,
+    position_ids_ptr, position_ptr, positions, position_stride, position_period,
+    segment_ids_ptr, segment_ptr, segments, segment_stride, segment_period,
+    weight_ptr, bias_ptr, seeds_ptr, offsets_ptr, seed, offset, threshold, scale, cols, eps,
+    DROPOUT: tl.constexpr, SEED_STRIDE: tl.constexpr, OFFSET_STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.cast(tl.program_id(0), tl.int64)
+    col = tl.arange(0, BLOCK)
+    mask = col < cols
+    a, found = row_of(token_ids_ptr, token_ptr, tokens, token_stride, token_period, row)
+    b, placed = row_of(
+        position_ids_ptr, position_ptr, positions, position_stride, position_period, row
+    )
+    c, parted = row_of(segment_ids_ptr, segment_ptr, segments, segment_stride, segment_period, row)
+    there = found & placed & parted
+    y = gather(token_ptr, position_ptr, segment_ptr, a, b, c, col, mask)
+
+    if weight_ptr is not None:
+        mean = tl.sum(y) / cols
+        mean += tl.sum(tl.where(mask, y - mean, 0.0)) / cols  # what rounding took of a large mean
+        centred = tl.where(mask, y - mean, 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred) / cols + eps)
+        y = centred * rstd * tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + col, mask=mask, other=0.0).to(tl.float32)
+        tl.store(mean_ptr + row, mean)
+        tl.store(rstd_ptr + row, rstd)
+    y = tl.where(there, y, float("nan"))
+    if DROPOUT:
+        y = dropped(
+            y, seeds_ptr, offsets_ptr, seed, offset, threshold, scale, row, 0,
+            SEED_STRIDE, OFFSET_STRIDE, BLOCK,
+        )  # fmt: skip
+    tl.store(y_ptr + row * cols + col, y, mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed", "offset", "threshold"])
+def _forward_wide_kernel(
+    y_ptr, mean_ptr, rstd_ptr,
+    token_ids_ptr, token_ptr, tokens, token_stride, token_period,
+    position_ids_ptr, position_ptr, positions, position_stride, position_period,
+    segment_ids_ptr, segment_ptr, segments, segment_stride, segment_period,
+    weight_ptr, bias_ptr, seeds_ptr, offsets_ptr, seed, offset, threshold, scale, cols, eps,
+    DROPOUT: tl.constexpr, SEED_STRIDE: tl.constexpr, OFFSET_STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.cast(tl.program_id(0), tl.int64)
+    a, found = row_of(token_ids_ptr, token_ptr, tokens, token_stride, token_period, row)
+    b, placed = row_of(
+        position_ids_ptr, position_ptr, positions, position_stride, position_period, row
+    )
+    c, parted = row_of(segment_ids_ptr, segment_ptr, segments, segment_stride, segment_period, row)
+    there = found & placed & parted
+    if weight_ptr is not None:
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, cols, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            mask = col < cols
+            total += gather(token_ptr, position_ptr, segment_ptr, a, b, c, col, mask)
+        mean = tl.sum(total) / cols
+        left = tl.zeros([BLOCK], tl.float32)
+        square_sum = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, cols, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            mask = col < cols
+            x = gather(token_ptr, position_ptr, segment_ptr, a, b, c, col, mask)
+            centred = tl.where(mask, x - mean, 0.0)
+            left += centred
+            square_sum += centred * centred
+        correction = tl.sum(left) / cols  # what rounding took from a large mean
+        mean += correction
+        rstd = tl.rsqrt(tl.sum(square_sum) / cols - correction * correction + eps)
+        tl.store(mean_ptr + row, mean)
+        tl.store(rstd_ptr + row, rstd)
+
+    for start in range(0, cols, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        mask = col < cols
+        y = gather(token_ptr, position_ptr, segment_ptr, a, b, c, col, mask)
+        if weight_ptr is not None:
+            y = (y - mean) * rstd * tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
+            if bias_ptr is not None:
+                y += tl.load(bias_ptr + col, mask=mask, other=0.0).to(tl.float32)
+        y = tl.where(there, y, float("nan"))
+        if DROPOUT:
+            y = dropped(
+                y, seeds_ptr, offsets_ptr, seed, offset, threshold, scale, row, start,
+                SEED_STRIDE, OFFSET_STRIDE, BLOCK,
+            )  # fmt: skip
+        tl.store(y_ptr + row * cols + col, y, mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed", "offset", "threshold"])
+def _norm_backward_kernel(
+    g_mean_ptr, dot_mean_ptr, dweight_parts_ptr, dbias_parts_ptr, dy_ptr,
+    token_ids_ptr, token_ptr, tokens, token_stride, token_period,
+    position_ids_ptr, position_ptr, positions, position_stride, position_period,
+    segment_ids_ptr, segment_ptr, segments, segment_stride, segment_period,
+    weight_ptr, mean_ptr, rstd_ptr, seeds_ptr, offsets_ptr, seed, offset, threshold, scale,
+    rows, cols, dy_stride,
+    DROPOUT: tl.constexpr, SEED_STRIDE: tl.constexpr, OFFSET_STRIDE: tl.constexpr,
+    SUMS: tl.constexpr, MEANS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # Programs (part, block of columns). MEANS needs the whole row in one block.
+    part = tl.cast(tl.program_id(0), tl.int64)
+    start = tl.program_id(1) * BLOCK
+    col = start + tl.arange(0, BLOCK)
+    mask = col < cols
+    weight = tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK], tl.float32)
+    dbias = tl.zeros([BLOCK], tl.float32)
+    for i in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.cast(i, tl.int64)
+        a, found = row_of(token_ids_ptr, token_ptr, tokens, token_stride, token_period, row)
+        b, placed = row_of(
+            position_ids_ptr, position_ptr, positions, position_stride, position_period, row
+        )
+        c, parted = row_of(
+            segment_ids_ptr, segment_ptr, segments, segment_stride, segment_period, row
+        )
+        there = found & placed & parted
+        x = gather(token_ptr, position_ptr, segment_ptr, a, b, c, col, mask)
+        d = tl.load(dy_ptr + row * dy_stride + col, mask=mask, other=0.0).to(tl.float32)
+        if DROPOUT:
+            d = dropped(
+                d, seeds_ptr, offsets_ptr, seed, offset, threshold, scale, row, start,
+                SEED_STRIDE, OFFSET_STRIDE, BLOCK,
+            )  # fmt: skip
+        d = tl.where(there, d, 0.0)
+        xhat = tl.where(there, (x - tl.load(mean_ptr + row)) * tl.load(rstd_ptr + row), 0.0)
+        if SUMS:
+            dweight += d * xhat
+            dbias += d
+        if MEANS:
+            tl.store(g_mean_ptr + row, tl.sum(d * weight) / cols)
+            tl.store(dot_mean_ptr + row, tl.sum(d * weight * xhat) / cols)
+    if SUMS:
+        tl.store(dweight_parts_ptr + part * cols + col, dweight, mask=mask)
+        tl.store(dbias_parts_ptr + part * cols + col, dbias, mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed", "offset", "threshold"])
+def _means_wide_kernel(
+    g_mean_ptr, dot_mean_ptr, dy_ptr,
+    token_ids_ptr, token_ptr, tokens, token_stride, token_period,
+    position_ids_ptr, position_ptr, positions, position_stride, position_period,
+    segment_ids_ptr, segment_ptr, segments, segment_stride, segment_period,
+    weight_ptr, mean_ptr, rstd_ptr, seeds_ptr, offsets_ptr, seed, offset, threshold, scale,
+    cols, dy_stride,
+    DROPOUT: tl.constexpr, SEED_STRIDE: tl.constexpr, OFFSET_STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.cast(tl.program_id(0), tl.int64)
+    a, _ = row_of(token_ids_ptr, token_ptr, tokens, token_stride, token_period, row)
+    b, _ = row_of(position_ids_ptr, position_ptr, positions, position_stride, position_period, row)
+    c, _ = row_of(segment_ids_ptr, segment_ptr, segments, segment_stride, segment_period, row)
+    mean = tl.load(mean_ptr + row)
+    rstd = tl.load(rstd_ptr + row)
+    g_sum = tl.zeros([BLOCK], tl.float32)
+    dot = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, cols, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        mask = col < cols
+        x = gather(token_ptr, position_ptr, segment_ptr, a, b, c, col, mask)
+        g = tl.load(dy_ptr + row * dy_stride + col, mask=mask, other=0.0).to(tl.float32)
+        if DROPOUT:
+            g = dropped(
+                g, seeds_ptr, offsets_ptr, seed, offset, threshold, scale, row, start,
+                SEED_STRIDE, OFFSET_STRIDE, BLOCK,
+            )  # fmt: skip
+        g *= tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
+        g_sum += g
+        dot += g * ((x - mean) * rstd)
+    tl.store(g_mean_ptr + row, tl.sum(g_sum) / cols)
+    tl.store(dot_mean_ptr + row, tl.sum(dot) / cols)
+
+
+@triton.jit(do_not_specialize=["seed", "offset", "threshold", "padding"])
+def _table_backward_kernel(
+    dtable_ptr, parts_ptr, dy_ptr, keys_ptr, order_ptr,
+    token_ids_ptr, token_ptr, tokens, token_stride, token_period,
+    position_ids_ptr, position_ptr, positions, position_stride, position_period,
+    segment_ids_ptr, segment_ptr, segments, segment_stride, segment_period,
+    weight_ptr, mean_ptr, rstd_ptr, g_mean_ptr, dot_mean_ptr,
+    seeds_ptr, offsets_ptr, seed, offset, threshold, scale,
+    rows, cols, dy_stride, period, repeats, table_rows, padding, chunk_rows,
+    DROPOUT: tl.constexpr, SEED_STRIDE: tl.constexpr, OFFSET_STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.cast(tl.program_id(0), tl.int64)
+    start = tl.program_id(1) * BLOCK
+    col = start + tl.arange(0, BLOCK)
+    mask = col < cols
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
+
+    # The k-th row in the order of ids is row `lap` * period + order[turn], its id keys[turn].
+    first = chunk * chunk_rows
+    last = tl.minimum(first + chunk_rows, rows)
+    turn = first // repeats
+    lap = first - turn * repeats
+    key = key_of(keys_ptr, turn)
+    before = tl.maximum(first - 1, 0)
+    began_before = (first > 0) & (key_of(keys_ptr, before // repeats) == key)
+    slot = tl.where(began_before, 0, 1)
+    counts = (key >= 0) & (key < table_rows) & (key != padding)
+    goes_on = first < 0  # False
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in range(first, last):
+        row = lap * period + turn
+        if order_ptr is not None:
+            row = lap * period + tl.load(order_ptr + turn)
+        a, found = row_of(token_ids_ptr, token_ptr, tokens, token_stride, token_period, row)
+        b, placed = row_of(
+            position_ids_ptr, position_ptr, positions, position_stride, position_period, row
+        )
+        c, parted = row_of(
+            segment_ids_ptr, segment_ptr, segments, segment_stride, segment_period, row
+        )
+        d = tl.load(dy_ptr + row * dy_stride + col, mask=mask, other=0.0).to(tl.float32)
+        if DROPOUT:
+            d = dropped(
+                d, seeds_ptr, offsets_ptr, seed, offset, threshold, scale, row, start,
+                SEED_STRIDE, OFFSET_STRIDE, BLOCK,
+            )  # fmt: skip
+        if weight_ptr is not None:
+            x = gather(token_ptr, position_ptr, segment_ptr, a, b, c, col, mask)
+            rstd = tl.load(rstd_ptr + row)
+            xhat = (x - tl.load(mean_ptr + row)) * rstd
+            through = tl.load(g_mean_ptr + row) + xhat * tl.load(dot_mean_ptr + row)
+            d = rstd * (d * weight - through)
+        total += tl.where(found & placed & parted, d, 0.0)
+
+        lap += 1
+        turn += tl.where(lap == repeats, 1, 0)
+        lap = tl.where(lap == repeats, 0, lap)
+        following = key_of(keys_ptr, tl.minimum(turn, (rows - 1) // repeats))
+        goes_on = (k + 1 < rows) & (following == key)
+        if not goes_on:
+            if counts:
+                if slot == 1:
+                    tl.store(dtable_ptr + key * cols + col, total, mask=mask)
+                else:
+                    tl.store(parts_ptr + chunk * 2 * cols + col, total, mask=mask)
+            total = tl.zeros([BLOCK], tl.float32)
+            slot = 1
+            key = following
+            counts = (key >= 0) & (key < table_rows) & (key != padding)
+    if goes_on & counts:
+        tl.store(parts_ptr + (chunk * 2 + slot) * cols + col, total, mask=mask)
+
+
+def _row(cols: int) -> dict[str, int]:
+    """The options of a row in one block, of at least one group of four columns."""
+    return row_options(max(cols, 16))
+
+
+def embed_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Tables and ids, weight, bias [cols], eps, dropout -> y [rows, cols], mean, rstd [rows or 0],
+    fp32."""
+    tables, (weight, bias, eps), dropout = arguments[:8], arguments[8:11], arguments[11:]
+    ids, table = tables[:2]
+    rows, cols = len(ids), table.shape[1]
+    y = table.new_empty(rows, cols)
+    mean = table.new_empty(0 if weight is None else rows, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    numbers, options = draw(*dropout)
+    wide = cols > WIDEST_BLOCK
+    kernel, block = (_forward_wide_kernel, WIDE_ROW) if wide else (_forward_kernel, _row(cols))
+    kernel[(rows,)](
+        y, mean, rstd, *where_of(*tables), weight, bias, *numbers, cols, eps, **options, **block
+    )
+    return y, mean, rstd
+
+
+def embed_norm_backward(dy: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dy [rows, cols], tables and ids, weight [cols], mean, rstd [rows], dropout, what is wanted
+    -> the means of g and g * xhat [rows], dweight, dbias [cols or 0]."""
+    tables, norm, dropout = arguments[:8], arguments[8:11], arguments[11:-2]
+    wanted, weight = arguments[-2:], norm[0]
+    rows, cols = dy.shape
+    g_mean, dot_mean = torch.empty_like(norm[1]), torch.empty_like(norm[1])
+    parts = [dy.new_empty(min(rows, MAX_PARTS), cols, dtype=torch.float32) for _ in range(2)]
+    numbers, options = draw(*dropout)
+    wide = cols > WIDEST_BLOCK
+    if wide:
+        _means_wide_kernel[(rows,)](
+            g_mean, dot_mean, dy, *where_of(*tables), *norm, *numbers, cols, dy.stride(0),
+            **options, **WIDE_ROW,
+        )  # fmt: skip
+    if not wide or any(wanted):
+        block = WIDE_ROW if wide else _row(cols)
+        _norm_backward_kernel[(len(parts[0]), triton.cdiv(cols, block["BLOCK"]))](
+            g_mean, dot_mean, *parts, dy, *where_of(*tables), *norm, *numbers,
+            rows, cols, dy.stride(0), SUMS=any(wanted), MEANS=not wide, **options, **block,
+        )  # fmt: skip
+    dweight, dbias = (
+        part.sum(0).to(weight.dtype) if want else weight.new_empty(0)
+        for part, want in zip(parts, wanted, strict=True)
+    )
+    return g_mean, dot_mean, dweight, dbias
+
+
+def embed_table_backward(
+    dy: Tensor,
+    keys: Tensor | None,
+    order: Tensor | None,
+    period: int,
+    which: int,
+    padding: int,
+    *arguments,
+) -> Tensor:
+    """dy [rows, cols], keys and their order [period], tables and ids, weight [cols], mean, rstd,
+    g_mean, dot_mean [rows], dropout -> the gradient of the table that is `which`."""
+    tables, norm, dropout = arguments[:8], arguments[8:13], arguments[13:]
+    rows, cols = dy.shape
+    dtable = dy.new_zeros(tables[2 * which + 1].shape)
+    chunk_rows = max(isqrt(rows // TALL), 1)
+    chunks = triton.cdiv(rows, chunk_rows)
+    parts = dy.new_empty(chunks, 2, cols, dtype=torch.float32)
+    numbers, options = draw(*dropout)
+    block = min(max(triton.next_power_of_2(cols), 16), WIDEST_WALK)
+    repeats = rows // period
+    _table_backward_kernel[(chunks, triton.cdiv(cols, block))](
+        dtable, parts, dy, keys, order, *where_of(*tables), *norm, *numbers,
+        rows, cols, dy.stride(0), period, repeats, len(dtable), padding, chunk_rows,
+        BLOCK=block, **options, **launch_options(max(block // 256, 1)),
+    )  # fmt: skip
+    block = min(block, WIDEST_JOIN)
+    _join_kernel[(chunks, triton.cdiv(cols, block))](
+        dtable, parts, keys, rows, cols, repeats, len(dtable), padding, chunk_rows, chunks,
+        TALL=TALL, BLOCK=block, **launch_options(4),
+    )  # fmt: skip
+    return dtable
