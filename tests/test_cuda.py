@@ -79,7 +79,7 @@ def test_the_selftest_is_compiled_too(cuda):
     done = subprocess.run([program, "--orders", "1"], capture_output=True, text=True)
     lines = done.stdout.splitlines()
     if torch.cuda.is_available():
-        assert (done.returncode, lines[-1]) == (0, '{"cases": 111, "wrong": 0}'), done.stdout
+        assert (done.returncode, lines[-1]) == (0, '{"cases": 194, "wrong": 0}'), done.stdout
     else:
         assert (done.returncode, len(lines)) == (3, 1), done.stdout
         assert lines[0].startswith('{"fatal": "cudaMalloc: ')

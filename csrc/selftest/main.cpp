@@ -104,7 +104,9 @@ void must_refuse(const std::string& name, cudaError_t status) {
 int main(int count, char** words) {
   using namespace tilewise::selftest;
   const std::map<std::string, void (*)()> ops{
+      {"cross_entropy", cross_entropy},
       {"layer_norm", layer_norm},
+      {"linear_cross_entropy", linear_cross_entropy},
       {"rms_norm", rms_norm},
       {"scored_softmax", scored_softmax},
       {"softmax", softmax},

@@ -43,5 +43,7 @@ void rms_norm();
 void layer_norm();
 void softmax();
 void scored_softmax();
+void cross_entropy();
+void linear_cross_entropy();
 
 }  // namespace tilewise::selftest

@@ -133,9 +133,11 @@ def _column_sums(
     """How many parts the rows have, the gradients that are wanted, and the sums of the parts."""
     grads = [p.new_empty(cols) if wanted and p is not None else None for p, wanted in parameters]
     parts = rows if all(g is None for g in grads) else parts_for(rows, cols)
-    return parts, grads, [
-        None if g is None else x.new_empty(parts, cols, dtype=torch.float32) for g in grads
-    ]
+    return (
+        parts,
+        grads,
+        [None if g is None else x.new_empty(parts, cols, dtype=torch.float32) for g in grads],
+    )
 
 
 def _parameter_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> int:

@@ -78,8 +78,8 @@ _ELEMENTS = ("gelu", "glu", "glu_packed")
 PROMISES: Sequence[Promise] = (
     Promise(_ROWS, sizes=_aligned("cols"), wide=True),
     Promise(_ELEMENTS, sizes=_aligned("cols"), wide=True),
-    Promise(("cross_entropy",), "_forward_kernel", sizes=_aligned("classes"), wide=True, narrow=1),
-    Promise(("cross_entropy",), "_backward_kernel", sizes=_aligned("classes"), wide=True),
+    Promise(("cross_entropy",), "_losses_kernel", sizes=_aligned("classes"), wide=True, narrow=1),
+    Promise(("cross_entropy",), "_gradients_kernel", sizes=_aligned("classes"), wide=True),
     Promise(("attention",), dtypes=HALVES, sizes=_whole_heads, wide=True),
     *(
         Promise(
