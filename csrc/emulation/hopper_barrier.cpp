@@ -126,6 +126,8 @@ void barrier_complete(uint64_t* barrier, uint32_t bytes, const char* what, Place
 
 namespace tilewise {
 
+using emulation::Place;
+
 using emulation::fail;
 
 void barrier_init(uint64_t* barrier, uint32_t arrivals, Place place) {

@@ -134,6 +134,8 @@ void change_registers(int registers, bool claim, Place place) {
 
 namespace tilewise {
 
+using emulation::Place;
+
 void cluster_arrive(Place place) {
   using namespace emulation;
   unsigned& mine = barrier.arrived_for[cluster_thread(*machine.current)];

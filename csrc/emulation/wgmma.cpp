@@ -372,6 +372,8 @@ void wgmma_check(const float* sums, Place place) {
 
 namespace tilewise {
 
+using emulation::Place;
+
 void wgmma_fence(Place place) { emulation::member_of(emulation::mine(place)).fenced = true; }
 
 void wgmma_commit(Place place) {

@@ -15,31 +15,30 @@ struct Wgmma {
   bool a_mn_major, b_mn_major, bf16, accumulate;
 };
 
-void wgmma_issue(float* sums, const Wgmma& instruction, Place place);
-void wgmma_wait(int pending, Place place);
+void wgmma_issue(float* sums, const Wgmma& instruction, emulation::Place place);
+void wgmma_wait(int pending, emulation::Place place);
 // The program goes on to use these: they must not be on their way.
-void wgmma_check(const float* sums, Place place);
+void wgmma_check(const float* sums, emulation::Place place);
 
 }  // namespace emulation
 
-using emulation::Place;
-
-void wgmma_fence(Place place = Place::here());
-void wgmma_commit(Place place = Place::here());
+void wgmma_fence(emulation::Place place = emulation::Place::here());
+void wgmma_commit(emulation::Place place = emulation::Place::here());
 
 template <int kPending>
-void wgmma_wait(Place place = Place::here()) {
+void wgmma_wait(emulation::Place place = emulation::Place::here()) {
   emulation::wgmma_wait(kPending, place);
 }
 
 template <int kPending, int kSums>
-void wgmma_wait(float (&sums)[kSums], Place place = Place::here()) {
+void wgmma_wait(float (&sums)[kSums], emulation::Place place = emulation::Place::here()) {
   emulation::wgmma_wait(kPending, place);
   emulation::wgmma_check(sums, place);
 }
 
 template <int kPending, int kSums, int kOthers>
-void wgmma_wait(float (&sums)[kSums], float (&others)[kOthers], Place place = Place::here()) {
+void wgmma_wait(float (&sums)[kSums], float (&others)[kOthers],
+                emulation::Place place = emulation::Place::here()) {
   emulation::wgmma_wait(kPending, place);
   emulation::wgmma_check(sums, place);
   emulation::wgmma_check(others, place);
@@ -47,7 +46,7 @@ void wgmma_wait(float (&sums)[kSums], float (&others)[kOthers], Place place = Pl
 
 template <typename T, Major kA = Major::k, Major kB = Major::k, int kSums>
 void wgmma(float (&d)[kSums], uint64_t a, uint64_t b, bool accumulate,
-           Place place = Place::here()) {
+           emulation::Place place = emulation::Place::here()) {
   static_assert(kSums % 8 == 0 && 8 <= kSums && kSums <= 128);
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
   emulation::wgmma_issue(
@@ -56,7 +55,7 @@ void wgmma(float (&d)[kSums], uint64_t a, uint64_t b, bool accumulate,
 
 template <typename T, Major kB = Major::k, int kSums>
 void wgmma(float (&d)[kSums], const uint32_t (&a)[4], uint64_t b, bool accumulate,
-           Place place = Place::here()) {
+           emulation::Place place = emulation::Place::here()) {
   static_assert(kSums % 8 == 0 && 8 <= kSums && kSums <= 128);
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
   emulation::wgmma_issue(d, {0, b, a, 2 * kSums, false, kB == Major::mn, kBf16, accumulate}, place);

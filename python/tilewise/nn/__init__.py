@@ -2,7 +2,7 @@
 
 from tilewise.nn.cross_entropy import CrossEntropyLoss
 from tilewise.nn.dropout_add import DropoutAdd
-from tilewise.nn.gelu import BiasGELU, GELU
+from tilewise.nn.gelu import GELU, BiasGELU
 from tilewise.nn.glu import GLU, PackedGLU
 from tilewise.nn.layer_norm import AddLayerNorm, LayerNorm
 from tilewise.nn.linear_cross_entropy import LinearCrossEntropyLoss
