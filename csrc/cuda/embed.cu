@@ -4,8 +4,8 @@
 // Backward holds no tensor of the size of dy. Rows are walked by id, in chunks: a run of one id
 // within a chunk goes to the gradient at once, and what a run leaves of other chunks is joined
 // after, in order.
+#include "cuda/growing_sums.cuh"
 #include "cuda/lookup.cuh"
-#include "cuda/parts.cuh"
 #include "cuda/reduce.cuh"
 
 namespace tilewise {
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   }
 }
 
-// Add up a run that began in this chunk and goes on in others. Blocks of (32, 16), as column_sum.
+// Add up a run that began in this chunk and goes on in others. Blocks of (32, 16), as column_sums.
 template <typename T>
 __global__ void join_kernel(T* dtable, const float* parts, Runs runs, int64_t cols,
                             int64_t across) {
@@ -284,17 +284,14 @@ cudaError_t embed_norm_backward(
                                   cols, dy_stride, token_stride, position_stride, segment_stride);
     const auto kernel =
         wide ? norm_backward_kernel<kVector<T>, T, W> : norm_backward_kernel<1, T, W>;
-    cudaError_t status = launch_parts(
+    const cudaError_t status = launch_parts(
         kernel, dweight_parts ? 2 : 0, parts, cols, threads_for(cols, wide ? kVector<T> : 1),
         stream, g_mean, dot_mean, dweight_parts, dbias_parts, static_cast<const T*>(dy), tables,
         static_cast<const W*>(weight), mean, rstd, draw, rows, cols, dy_stride, parts);
-    if (status == cudaSuccess && dweight) {
-      status = column_sum(static_cast<W*>(dweight), dweight_parts, parts, cols, stream);
-    }
-    if (status == cudaSuccess && dbias) {
-      status = column_sum(static_cast<W*>(dbias), dbias_parts, parts, cols, stream);
-    }
-    return status;
+    if (status != cudaSuccess) return status;
+    return column_sums(static_cast<W*>(dweight), static_cast<W*>(dbias),
+                       dweight ? dweight_parts : nullptr, dbias ? dbias_parts : nullptr, parts,
+                       cols, stream);
   });
 }
 

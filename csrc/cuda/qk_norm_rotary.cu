@@ -1,5 +1,6 @@
 // QK norm and rotary embedding: a head is read twice, the second time from L1.
 #include "cuda/elements.cuh"
+#include "cuda/growing_sums.cuh"
 #include "cuda/rotation.cuh"
 
 namespace tilewise {
@@ -370,10 +371,12 @@ cudaError_t qk_norm_rotary_backward(
                     q_parts, k_parts);
     });
     if (status == cudaSuccess && dq_weight) {
-      status = column_sum(static_cast<W*>(dq_weight), q_weight_parts, q_parts, dim, stream);
+      status = column_sums<W>(static_cast<W*>(dq_weight), nullptr, q_weight_parts, nullptr, q_parts,
+                              dim, stream);
     }
     if (status == cudaSuccess && dk_weight) {
-      status = column_sum(static_cast<W*>(dk_weight), k_weight_parts, k_parts, dim, stream);
+      status = column_sums<W>(static_cast<W*>(dk_weight), nullptr, k_weight_parts, nullptr, k_parts,
+                              dim, stream);
     }
     return status;
   });
