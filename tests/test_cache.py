@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("numba")
 
-from tilewise.kernels.numba import _parallel, rms_norm
+from tilewise.kernels.numba import _norm, _parallel
 
 
 def test_two_kernels_of_one_name_have_two_files():
@@ -15,7 +15,7 @@ def test_two_kernels_of_one_name_have_two_files():
 
     _forward.__module__ = "tilewise.kernels.numba.softmax"
     _forward.__qualname__ = "_forward"
-    ours, theirs = _parallel.Kernel(_forward), rms_norm._forward
+    ours, theirs = _parallel.Kernel(_forward), _norm._forward
     files = {k._launch._cache._impl.filename_base for k in (ours, theirs)}
     assert len(files) == 2
 
@@ -38,6 +38,6 @@ def test_saving_is_locked(monkeypatch):
     monkeypatch.setattr(
         _parallel.FunctionCache, "save_overload", lambda self, *rest: held.append("saved")
     )
-    rms_norm._forward._launch._cache.save_overload(None, None)
+    _norm._forward._launch._cache.save_overload(None, None)
     assert held[1:] == ["saved", "released"]
     assert held[0].endswith(".lock")

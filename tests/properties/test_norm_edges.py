@@ -60,9 +60,10 @@ def test_a_constant_row(op, backend):
     torch.testing.assert_close(y, (BIAS + ("rms" in op.name) * WEIGHT).expand(2, COLS))
 
 
+@pytest.mark.parametrize("cols", [1000, 16400])
 @pytest.mark.parametrize("op, backend", MINE)
-def test_a_large_mean_with_little_beside_it(op, backend):
-    x = 1e4 + 1e-2 * torch.randn(8, 1000, dtype=torch.float64, device=DEVICE)
+def test_a_large_mean_with_little_beside_it(op, backend, cols):
+    x = 1e4 + 1e-2 * torch.randn(3, cols, dtype=torch.float64, device=DEVICE)
     truth, theirs = (torchs(op, t, eps=1e-6) for t in (x.float().double(), x.float()))
     error, allowed = compare(normed(op, backend, x.float(), eps=1e-6), theirs, truth)
     assert error <= allowed
@@ -101,6 +102,17 @@ def test_odd_widths(op, backend, rows, cols):
     x, bias = torch.randn(rows, cols, device=DEVICE), torch.randn(cols, device=DEVICE)
     weight = None if cols == 1 else bias.flip(0)  # of a single column nothing is left: dx is 0
     held(op, backend, x, *extra, weight, bias, eps=0.1)
+
+
+@pytest.mark.parametrize("cols", [1025, 8200])
+@pytest.mark.parametrize("op, backend", [p for p in MINE if p.values[1] == "triton"])
+def test_more_tiles_of_rows_than_programs(op, backend, cols, monkeypatch):
+    from tilewise.kernels.triton import _norm
+
+    monkeypatch.setattr(_norm, "MAX_PARTS", 2)
+    extra = [torch.randn(5, cols, device=DEVICE)] * (op.name in ADDING)
+    x, weight = torch.randn(5, cols, device=DEVICE), torch.randn(cols, device=DEVICE)
+    held(op, backend, x, *extra, weight, weight.flip(0), eps=0.1)
 
 
 @pytest.mark.slow
