@@ -1,6 +1,9 @@
 """The command, in this process or in one of its own, and a tiny decoder for it to train."""
 
+import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +34,15 @@ def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"tilewise {arguments[0]}: ")
     return line.partition(": ")[2]
+
+
+def assert_selftest_is_right(done, every_op=True):
+    """Each op of csrc/selftest/ has cases, each of them was judged, and none is wrong."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    *lines, last = map(json.loads, done.stdout.splitlines())
+    assert last == {"cases": len(lines), "wrong": 0}
+    assert all(line["ok"] for line in lines)
+    source = (Path(__file__).parents[1] / "csrc/selftest/main.cpp").read_text()
+    ops = set(re.findall(r'^ +\{"(\w+)", \w+\},$', source, re.MULTILINE))
+    assert not every_op or ops <= {line["case"].partition(" ")[0] for line in lines}
+    assert ops and lines

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from commands import assert_selftest_is_right
 
 import tilewise
 from tilewise import emulation, native, toolchain
@@ -195,23 +196,32 @@ def test_an_impossible_patience_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sanitizer, orders, cols, cases",
+    "sanitizer, orders, widths",
     [
-        ("plain", 4, 4096, 111),
-        ("address", 2, 4096, 111),
-        pytest.param("thread", 1, 131, 87, marks=pytest.mark.slow),  # a thread costs 0.4 ms
-        pytest.param("memory", 4, 4096, 111, marks=pytest.mark.slow),  # its build, half a minute
+        ("plain", 4, "--cols 4096"),
+        ("address", 2, "--cols 4096"),
+        pytest.param("plain", 2, "--over 4096", marks=pytest.mark.slow),  # clusters
+        pytest.param("address", 1, "--over 4096", marks=pytest.mark.slow),
+        pytest.param("thread", 1, "--cols 131", marks=pytest.mark.slow),  # 0.4 ms a thread
+        pytest.param("thread", 1, "--over 4096", marks=pytest.mark.slow),
+        pytest.param("memory", 4, "--cols 4096", marks=pytest.mark.slow),  # half a minute
     ],
 )
-def test_selftest(sanitizer, orders, cols, cases):
+def test_selftest(sanitizer, orders, widths):
     if lacks := toolchain.lacking(module=False):
         pytest.skip(f"emulation: needs {lacks}")
-    command = [emulation.build_selftest(sanitizer), "--orders", orders, "--cols", cols]
-    done = run(command, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[-1] == f'{{"cases": {cases}, "wrong": 0}}'
-    assert sum('"ok": true' in line for line in lines) == cases
+    command = [emulation.build_selftest(sanitizer), "--orders", orders, *widths.split()]
+    assert_selftest_is_right(run(command, text=True), every_op="--cols" in widths)
+
+
+@pytest.mark.slow
+def test_selftest_where_there_are_no_clusters(monkeypatch):
+    """A long row is a block's own, and longer ones are read again."""
+    if lacks := toolchain.lacking(module=False):
+        pytest.skip(f"emulation: needs {lacks}")
+    monkeypatch.setenv("TILEWISE_EMULATION_MAJOR", "8")
+    command = [emulation.build_selftest(), "--orders", 1, "--over", 4096]
+    assert_selftest_is_right(run(command, text=True), every_op=False)
 
 
 # --- Its numbers.
@@ -269,7 +279,7 @@ def test_a_kernel_that_fails_raises_where_it_was_called():
     odd = x.data_ptr() + 1
     with pytest.raises(RuntimeError, match="softmax_forward: misaligned address") as raised:
         module.softmax_forward(odd, odd, 1, 8, 8, 1.0, False, module.f32, 0)
-    assert re.search(r"csrc/cuda/vector\.cuh:\d+", str(raised.value))
+    assert re.search(r"csrc/cuda/span\.cuh:\d+", str(raised.value))
     assert re.search(r"kernel void tilewise::.*forward_kernel<", str(raised.value))
     module.softmax_forward(x.data_ptr() + 128, x.data_ptr(), 1, 8, 8, 1.0, False, module.f32, 0)
     assert x[32:40].tolist() == [0.125] * 8

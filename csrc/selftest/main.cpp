@@ -1,7 +1,7 @@
-// selftest [--orders N] [--cols N] [OP ...]: hold every launcher to fp64, without Python, in N
-// orders and on rows of at most N columns. Compiled by nvcc it runs on a GPU, where
-// compute-sanitizer can watch it; compiled against csrc/emulation/, on a CPU. One line of JSON for
-// each case; 1 if any is wrong, 3 if a launch failed.
+// selftest [--orders N] [--cols N] [--over N] [OP ...]: hold every launcher to fp64, without
+// Python, in N orders and on rows of at most N columns, or of more than N. Compiled by nvcc it runs
+// on a GPU, where compute-sanitizer can watch it; compiled against csrc/emulation/, on a CPU. One
+// line of JSON for each case; 1 if any is wrong, 3 if a launch failed.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -16,6 +16,7 @@ namespace {
 
 int orders = 4;
 int64_t most_cols = INT64_MAX;
+int64_t over_cols = 0;
 int wrong = 0;
 int cases = 0;
 
@@ -45,7 +46,7 @@ const std::vector<Size>& sizes() {
           // Lanes that hold five accesses, a block; clusters; more than a cluster of float32 holds.
           Size{3, 640, 0}, Size{2, 4096, 0}, Size{2, 16392, 0}, Size{2, 16411, 1},
           Size{1, 65544, 0}, Size{1, 131101, 0}}) {
-      if (size.cols <= most_cols) kept.push_back(size);
+      if (over_cols < size.cols && size.cols <= most_cols) kept.push_back(size);
     }
     return kept;
   }();
@@ -117,6 +118,8 @@ int main(int count, char** words) {
       orders = std::atoi(words[++i]);
     } else if (!std::strcmp(words[i], "--cols") && i + 1 < count) {
       most_cols = std::atoll(words[++i]);
+    } else if (!std::strcmp(words[i], "--over") && i + 1 < count) {
+      over_cols = std::atoll(words[++i]);
     } else if (ops.count(words[i])) {
       chosen.push_back(words[i]);
     } else {

@@ -95,10 +95,7 @@ PROMISES: Sequence[Promise] = (
             ("sm_120", "HMMA", "*"),
         )
     ),
-    *(
-        Promise(_ROWS, f"*<{width},*", "cuda", dtypes=frozenset({dtype}), wide=True)
-        for width, dtype in ((8, "bfloat16"), (8, "float16"), (4, "float32"))
-    ),
+    Promise(_ROWS, "*, true>", "cuda", wide=True),  # rows that are whole 16-byte accesses
     *(
         Promise((op,), f"*<{first},*", "cuda", dtypes=frozenset({dtype}), wide=True)
         for dtype, width in (("bfloat16", 8), ("float16", 8), ("float32", 4))
