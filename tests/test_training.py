@@ -144,6 +144,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(story: Path, tmp_path: Path) -> N
     assert weights_of(tmp_path / "killed") == weights_of(tmp_path / "whole")
 
 
+def test_the_loss_curve_is_that_of_the_reference(tiny: TrainingSettings, tmp_path: Path) -> None:
+    """One weight is head and embedding: its gradient is the sum of both."""
+    ours, reference = (
+        train(dataclasses.replace(tiny, backend=name), tmp_path / str(name))
+        for name in (None, "reference")
+    )
+    torch.testing.assert_close(ours.history.losses, reference.history.losses)
+
+
 def test_dropout_and_order_depend_on_the_seed(tiny: TrainingSettings, tmp_path: Path) -> None:
     runs = [
         train(dataclasses.replace(tiny, **changes), tmp_path / str(i)).history.losses

@@ -201,8 +201,9 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 def backward_is_last() -> bool:
     """Whether the backward pass that is running lets go of the graph, so that what an op has saved
     may be written over. What is traced by torch.compile may not."""
-    last = not torch._C._autograd._get_current_graph_task_keep_graph()
-    return last and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def differentiable_gradients(
