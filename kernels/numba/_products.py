@@ -1,8 +1,9 @@
 """Whole matrix products of fp32 rows in memory, out of the microkernels of `_matmul`.
 
-PyTorch's reach half of the peak where its BLAS does not use all of the vectors (MKL on AMD). What
-does not fill whole tiles is left to it: a few last rows, and widths that are no multiple of a
-vector. A result's sum runs over the depth in the same order whatever the number of threads.
+PyTorch's reach half of the peak where its BLAS does not use all of the vectors (MKL on AMD); what
+is no multiple of a vector wide is left to it. The last few rows are padded: for so few of them it
+sums in long chains, with twice the error. A result's sum runs over the depth in the same order
+whatever the number of threads.
 """
 
 import numpy as np
@@ -70,7 +71,8 @@ def _logits(
             cols = min(SIDE, width - token)
             multiply(
                 scratch, SIDE, weight, weight_stride, UNIT,
-                offset(pointer(hidden_at, kind), token), width, count, cols, dim, SET,
+                offset(pointer(hidden_at, kind), token), width,
+                (count + HEIGHT - 1) // HEIGHT * HEIGHT, cols, dim, SET,
             )  # fmt: skip
             transpose(turned, SIDE, scratch, SIDE, SIDE, cols)
             for i in range(min(cols, tokens - token)):
@@ -89,46 +91,64 @@ def _logits(
 def logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """out [tokens, classes] = hidden weight^T + bias."""
     tokens, dim = hidden.shape
-    whole = len(weight) // int(HEIGHT) * int(HEIGHT)
-    rows = weight.stride(1) == 1 and out.stride(1) == 1
-    if hidden.dtype != torch.float32 or not rows or whole == 0:
+    if hidden.dtype != torch.float32 or weight.stride(1) != 1 or out.stride(1) != 1:
         linear_loss.logits_by_torch(out, hidden, weight, bias)
         return
     width = -(-tokens // LANES) * LANES
     packed = hidden.new_zeros(dim, width)
     packed[:, :tokens] = hidden.t()
-    counter, scratch, size = thread_scratch(hidden, 2 * SIDE * SIDE)
-    threads = min(torch.get_num_threads(), -(-whole // int(SIDE)))
-    _logits(
-        threads, out.numel() * dim, address(out), address(weight), address(packed), address(bias),
-        address(counter), address(scratch), size, kind(out),
-        tokens, whole, dim, out.stride(0), weight.stride(0), width,
-    )  # fmt: skip
-    if whole < len(weight):
-        rest = None if bias is None else bias[whole:]
-        linear_loss.logits_by_torch(out[:, whole:], hidden, weight[whole:], rest)
+    whole = len(weight) // int(HEIGHT) * int(HEIGHT)
+    for first, classes, rows in ((0, whole, weight), (whole, len(weight) - whole, None)):
+        if classes == 0:
+            continue
+        rows = _padded_rows(weight[first:]) if rows is None else rows
+        counter, scratch, size = thread_scratch(hidden, 2 * SIDE * SIDE)
+        threads = min(torch.get_num_threads(), -(-classes // int(SIDE)))
+        _logits(
+            threads, tokens * classes * dim, address(out[:, first:]), address(rows),
+            address(packed), address(None if bias is None else bias[first:]),
+            address(counter), address(scratch), size, kind(out),
+            tokens, classes, dim, out.stride(0), rows.stride(0), width,
+        )  # fmt: skip
+
+
+def _padded_rows(few: Tensor) -> Tensor:
+    """The rows, and zeros for as many as a microkernel takes."""
+    rows = few.new_zeros(int(HEIGHT), few.shape[1])
+    rows[: len(few)] = few
+    return rows
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     """out [rows, cols] = a b, added to what it holds with `add`."""
-    rows, depth = a.shape
-    cols = b.shape[1]
-    whole = rows // int(HEIGHT) * int(HEIGHT)
+    rows, cols = out.shape
     dtypes = out.dtype == a.dtype == b.dtype == torch.float32
     lying = out.stride(1) == 1 and b.stride(1) == 1 and cols % LANES == 0
-    if not dtypes or not lying or whole == 0 or depth == 0:
+    if not dtypes or not lying or b.numel() == 0:
         linear_loss.product_by_torch(out, a, b, add)
         return
+    whole = rows // int(HEIGHT) * int(HEIGHT)
+    if whole:
+        _multiply(out[:whole], a[:whole], b, add)
+    if whole < rows:
+        last = out.new_empty(int(HEIGHT), cols)
+        _multiply(last, _padded_rows(a[whole:]), b, False)
+        last = last[: rows - whole]
+        out[whole:] = out[whole:] + last if add else last
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """The same for whole tiles."""
+    rows, depth = a.shape
+    cols = b.shape[1]
     # Few rows: all of them with some columns of b. Many: some of them with all of b.
     tall, wide, threads = int(TALL), int(WIDE), torch.get_num_threads()
-    row_group, col_group = (2 * tall, cols) if rows > depth else (whole, wide)
+    row_group, col_group = (2 * tall, cols) if rows > depth else (rows, wide)
     groups = -(-cols // col_group)
-    while row_group > tall and -(-whole // row_group) * groups < 2 * threads:
+    while row_group > tall and -(-rows // row_group) * groups < 2 * threads:
         row_group = max(-(-row_group // 2) // tall * tall, tall)
     _product(
-        -(-whole // row_group) * groups, out.numel() * depth, address(out), address(a), address(b),
-        kind(out), whole, cols, depth, out.stride(0), a.stride(0), a.stride(1), b.stride(0),
+        -(-rows // row_group) * groups, out.numel() * depth, address(out), address(a), address(b),
+        kind(out), rows, cols, depth, out.stride(0), a.stride(0), a.stride(1), b.stride(0),
         row_group, col_group, groups, add,
     )  # fmt: skip
-    if whole < rows:
-        linear_loss.product_by_torch(out[whole:], a[whole:], b, add)

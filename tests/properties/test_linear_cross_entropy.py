@@ -211,7 +211,7 @@ def test_many_classes(backend):
     """262144 of them, in every mode."""
     if backend in ("triton", "cuda") and DEVICE == "cpu":
         pytest.skip(f"{backend}: too many to interpret")
-    tensors = inputs(tokens=3, dim=8, classes=262144)
+    tensors = inputs(tokens=8, dim=16, classes=262144)
     tensors[3][1] = 262143
     truth = losses_and_gradients(exact, *[t.double() for t in tensors[:3]], tensors[3])
     near = [[nudged(t) for t in tensors] for _ in range(3)]
@@ -220,7 +220,9 @@ def test_many_classes(backend):
         ours = losses_and_gradients(
             tilewise.linear_cross_entropy, *tensors, memory=memory, backend=backend
         )
-        for mine, right, *yardsticks in zip(ours, truth, *theirs, strict=True):
+        for group in zip(ours, truth, *theirs, strict=True):
+            # As one row: of 8192 blocks some would be luckier than any run of the yardstick.
+            mine, right, *yardsticks = (t.reshape(1, -1) for t in group)
             error, allowed = compare(mine, yardsticks, right)
             assert error <= allowed
 

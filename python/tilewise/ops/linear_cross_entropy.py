@@ -355,7 +355,7 @@ LINEAR_CROSS_ENTROPY = declare(
             {"tokens": 33, "dim": 64, "classes": 200, "reduction": "none", "z_loss": 0.01},
             {"tokens": 43, "dim": 32, "classes": 96, "memory": "min", "label_smoothing": 0.1},
             {"tokens": 20, "dim": 33, "classes": 70, "memory": "lean", "softcap": 4.0},
-            {"tokens": 130, "dim": 32, "classes": 300, "weighted": True, "logit_scale": 0.5},
+            {"tokens": 136, "dim": 32, "classes": 640, "weighted": True, "logit_scale": 0.5},
         ],
         workloads=[
             {"tokens": 1024, "dim": 768, "classes": 50257, "memory": "lean"},
