@@ -1,5 +1,6 @@
 """Rotary embedding: what agreement with the reference on random tensors cannot say."""
 
+import itertools
 import math
 import re
 
@@ -182,6 +183,49 @@ def test_a_position_that_the_tables_do_not_have(backend, wrong, monkeypatch):
         assert torch.equal(there[finite], expected[finite])
 
 
+@pytest.mark.parametrize("lengths", [(5, 0, 4, 1), (0, 0, 10), (10,), (1,) * 10, (3, 4), ()])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_packed_sequences_are_those_sequences_alone(backend, lengths, interleaved):
+    """Bit by bit; empty ones hold no row, and rows past the last are 0, whatever is there."""
+    q, k = (heads(10, n, 10, seed=n) for n in (3, 1))
+    ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
+    total = int(ends[-1])
+    for x in (q, k):
+        x[total:] = math.nan
+        x.requires_grad_()
+    cos, sin = tables(12, 8)
+    options = {"interleaved": interleaved, "offset": 2, "backend": backend}
+    turned = tilewise.rotary(q, k, cos, sin, cu_seqlens=ends, **options)
+    grads = torch.autograd.grad(turned, (q, k), [torch.ones_like(y) for y in turned])
+    assert not any(bool(y[total:].any()) for y in (*turned, *grads))
+    for first, last in itertools.pairwise(ends.tolist()):
+        alone = [x.detach()[first:last].transpose(0, 1)[None] for x in (q, k)]
+        expected = tilewise.rotary(*alone, cos, sin, **options)
+        for ours, theirs in zip(turned, expected, strict=True):
+            assert torch.equal(ours[first:last], theirs[0].transpose(0, 1))
+
+
+def test_a_packed_sequence_longer_than_the_tables(backend):
+    q, (cos, sin) = heads(9, 2, 8), tables(4, 6)
+    ends = torch.tensor([0, 3, 9], dtype=torch.int32, device=DEVICE)
+    y, _ = tilewise.rotary(q, q, cos, sin, cu_seqlens=ends, backend=backend)
+    assert y.isnan().any(-1)[:, 0].tolist() == [False] * 7 + [True] * 2
+    assert torch.equal(y[..., 6:], q[..., 6:])
+
+
+def test_a_frozen_key_is_not_turned_back(backend, monkeypatch):
+    if backend == "reference":
+        pytest.skip("reference: launches nothing")
+    from tilewise.ops import rotary as module
+
+    q, k = heads(2, 3, 5, 8).requires_grad_(), heads(2, 1, 5, 8, seed=1)
+    backward, seen = module._backward, []
+    monkeypatch.setattr(module, "_backward", lambda *a: seen.extend(a[:2]) or backward(*a))
+    turned, _ = tilewise.rotary(q, k, *tables(5, 8), backend=backend)
+    torch.autograd.grad(turned, q, q.detach())
+    assert [t.shape[1] for t in seen] == [3, 0]
+
+
 def test_tables_that_require_a_gradient_get_it(backend):
     q, k = heads(1, 2, 3, 4), heads(1, 2, 3, 4, seed=1)
     cos, sin = (t.requires_grad_() for t in tables(3, 4))
@@ -242,6 +286,7 @@ def test_tables_are_right_at_late_positions(dtype):
 
 Q, K, C = torch.zeros(2, 3, 5, 8), torch.zeros(2, 1, 5, 8), torch.zeros(9, 4)
 IDS = torch.zeros(2, 5, dtype=torch.int64)
+ENDS = torch.tensor([0, 3], dtype=torch.int32)
 REFUSED = [
     (TypeError, "q must be floating point, got torch.int64", (Q.long(), K, C, C), {}),
     (TypeError, "k must be torch.float32, got torch.float16", (Q, K.half(), C, C), {}),
@@ -270,8 +315,20 @@ REFUSED = [
     (RuntimeError, "sin must be on cpu, got meta", (Q, K, C, C.to("meta")), {}),
     (RuntimeError, "position_ids must be on cpu, got meta", (Q, K, C, C),
      {"position_ids": IDS.to("meta")}),
-    (ValueError, "backend must be one of numba, triton, reference, got 'cuda'", (Q, K, C, C),
-     {"backend": "cuda"}),
+    (ValueError, "backend must be one of cuda, numba, triton, reference, got 'metal'",
+     (Q, K, C, C), {"backend": "metal"}),
+    (ValueError, "with cu_seqlens q must be [total, heads, dim] and k [total, kv_heads, dim], "
+     "got [2, 3, 5, 8] and [2, 1, 5, 8]", (Q, K, C, C), {"cu_seqlens": ENDS}),
+    (ValueError, "must be given position_ids or cu_seqlens, got both", (Q[0], Q[0], C, C),
+     {"cu_seqlens": ENDS, "position_ids": IDS}),
+    (TypeError, "cu_seqlens must be torch.int32, got torch.int64", (Q[0], Q[0], C, C),
+     {"cu_seqlens": ENDS.long()}),
+    (ValueError, "cu_seqlens must be [batch + 1], got [0]", (Q[0], Q[0], C, C),
+     {"cu_seqlens": ENDS[:0]}),
+    (ValueError, "offset must be at least 0, got -1", (Q[0], Q[0], C, C),
+     {"cu_seqlens": ENDS, "offset": -1}),
+    (RuntimeError, "cu_seqlens must be on cpu, got meta", (Q[0], Q[0], C, C),
+     {"cu_seqlens": ENDS.to("meta")}),
 ]  # fmt: skip
 
 
