@@ -1,5 +1,7 @@
 """Gated linear units on the GPU: one program a block of elements."""
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,15 +22,19 @@ def _clamped(gate, up, limit):
 def _forward_kernel(
     y_ptr, gate_ptr, up_ptr,
     cols, gate_stride, up_stride, limit, alpha, inverse_alpha, up_offset,
-    ACTIVATION: tl.constexpr, GRAIN: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, CLAMPED: tl.constexpr, GRAIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, col, mask = element_block(cols, GRAIN, BLOCK)
     gate = tl.load(gate_ptr + row * gate_stride + col, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + col, mask=mask, other=0.0).to(tl.float32)
 
-    gate, up = _clamped(gate, up, limit)
-    value, _ = activate(alpha * gate, ACTIVATION)
-    y = value * inverse_alpha * (up + up_offset)
+    if CLAMPED:
+        gate, up = _clamped(gate, up, limit)
+        value, _ = activate(alpha * gate, ACTIVATION)
+        y = value * inverse_alpha * (up + up_offset)
+    else:
+        value, _ = activate(gate, ACTIVATION)
+        y = value * up
 
     tl.store(y_ptr + row * cols + col, y, mask=mask)
 
@@ -39,22 +45,31 @@ def _backward_kernel(
     cols, dgate_stride, dup_stride, dy_stride, gate_stride, up_stride,
     limit, alpha, inverse_alpha, up_offset,
     ACTIVATION: tl.constexpr, WANT_DGATE: tl.constexpr, WANT_DUP: tl.constexpr,
-    GRAIN: tl.constexpr, BLOCK: tl.constexpr,
+    CLAMPED: tl.constexpr, GRAIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, col, mask = element_block(cols, GRAIN, BLOCK)
     dy = tl.load(dy_ptr + row * dy_stride + col, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + col, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + col, mask=mask, other=0.0).to(tl.float32)
 
-    gate_in, up_in = _clamped(gate, up, limit)
-    value, slope = activate(alpha * gate_in, ACTIVATION)
-    dgate = tl.where(gate > limit, 0.0, dy * (up_in + up_offset) * slope)
-    dup = tl.where(tl.abs(up) > limit, 0.0, dy * (value * inverse_alpha))
+    if CLAMPED:
+        gate_in, up_in = _clamped(gate, up, limit)
+        value, slope = activate(alpha * gate_in, ACTIVATION)
+        dgate = tl.where(gate > limit, 0.0, dy * (up_in + up_offset) * slope)
+        dup = tl.where(tl.abs(up) > limit, 0.0, dy * (value * inverse_alpha))
+    else:
+        value, slope = activate(gate, ACTIVATION)
+        dgate = dy * up * slope
+        dup = dy * value
 
     if WANT_DGATE:
         tl.store(dgate_ptr + row * dgate_stride + col, dgate, mask=mask)
     if WANT_DUP:
         tl.store(dup_ptr + row * dup_stride + col, dup, mask=mask)
+
+
+def _is_clamped(limit: float, alpha: float, up_offset: float) -> bool:
+    return (limit, alpha, up_offset) != (math.inf, 1, 0)
 
 
 def _launch_backward(
@@ -66,7 +81,8 @@ def _launch_backward(
     grid, sizes, options = element_options(*outs, dy, gate, up)
     _backward_kernel[grid](
         *outs, dy, gate, up, *sizes, limit, alpha, 1 / alpha, up_offset,
-        ACTIVATION=activation, WANT_DGATE=dgate is not None, WANT_DUP=dup is not None, **options,
+        ACTIVATION=activation, WANT_DGATE=dgate is not None, WANT_DUP=dup is not None,
+        CLAMPED=_is_clamped(limit, alpha, up_offset), **options,
     )  # fmt: skip
 
 
@@ -77,8 +93,9 @@ def glu_forward(
     y = gate.new_empty(gate.shape)
     grid, sizes, options = element_options(gate, up)
     _forward_kernel[grid](
-        y, gate, up, *sizes, limit, alpha, 1 / alpha, up_offset, ACTIVATION=activation, **options
-    )
+        y, gate, up, *sizes, limit, alpha, 1 / alpha, up_offset,
+        ACTIVATION=activation, CLAMPED=_is_clamped(limit, alpha, up_offset), **options,
+    )  # fmt: skip
     return y
 
 

@@ -256,9 +256,9 @@ def as_arguments(
     seed: Tensor | int, offset: Tensor | int
 ) -> tuple[Tensor | None, Tensor | None, int, int]:
     """What a torch op takes for them: two tensors or None, then two ints."""
-    seeds, offsets = (n.contiguous() if isinstance(n, Tensor) else None for n in (seed, offset))
-    numbers = (0 if isinstance(n, Tensor) else n for n in (seed, offset))
-    return seeds, offsets, *numbers
+    seeds, seed = (seed.contiguous(), 0) if isinstance(seed, Tensor) else (None, seed)
+    offsets, offset = (offset.contiguous(), 0) if isinstance(offset, Tensor) else (None, offset)
+    return seeds, offsets, seed, offset
 
 
 def counter_rows(seed: Tensor | int, rows: int, device: torch.device) -> Tensor | int:

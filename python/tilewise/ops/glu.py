@@ -302,6 +302,11 @@ def _torch_glu(gate: Tensor, up: Tensor, activation: str, **options: Any) -> Ten
     return _ACTIVATIONS[activation](gate) * up
 
 
+def _torch_glu_packed(x: Tensor, activation: str, **options: Any) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return _ACTIVATIONS[activation](gate) * up
+
+
 GLU = declare(
     Op(
         name="glu",
@@ -344,6 +349,6 @@ GLU_PACKED = declare(
         ],
         workloads=[{"rows": 4096, "cols": cols} for cols in (1024, 4096)],
         bytes_moved=lambda x, **options: x.nbytes * 3 // 2,
-        native=lambda x, activation, **options: _torch_glu(*x.chunk(2, -1), activation),
+        native=_torch_glu_packed,
     )
 )
