@@ -1,6 +1,7 @@
 // Rows of up to three tables that ids name, added, and what dropout leaves of their sum.
 #pragma once
 
+#include "cuda/launch.cuh"
 #include "cuda/philox.cuh"
 #include "cuda/vector.cuh"
 

@@ -100,9 +100,13 @@ PROMISES: Sequence[Promise] = (
         Promise((op,), f"*<{first},*", "cuda", dtypes=frozenset({dtype}), wide=True)
         for dtype, width in (("bfloat16", 8), ("float16", 8), ("float32", 4))
         for op, first in (
-            ("glu", width), ("gelu", width), ("gelu", "true"), ("dropout_add", "true"),
+            ("embed", width), ("glu", width), ("gelu", width), ("gelu", "true"), ("dropout_add", "true"),
             ("rotary", width), ("qk_norm_rotary", width),
         )
+    ),
+    *(
+        Promise(("embed",), kernel, sizes=_aligned("cols"), wide=True)
+        for kernel in ("_forward_kernel", "_norm_backward_kernel", "_table_backward_kernel")
     ),
 )  # fmt: skip
 
