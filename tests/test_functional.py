@@ -52,6 +52,10 @@ CASES = [
         if hasattr(F, "linear_cross_entropy")  # from PyTorch 2.13 on
     ),
     ("cross_entropy", [(3, 6, 2)], {"target": (3, 6, 2), "label_smoothing": 0.1}, False),
+    ("embedding", [(6, 5)], {"ids": (3, 4)}, True),
+    ("embedding", [(6, 5)], {"ids": (), "padding_idx": -1}, True),
+    ("embedding", [(6, 5)], {"ids": (0, 2)}, False),
+    ("embedding", [(6, 5)], {"ids": (3, 4), "scale_grad_by_freq": True}, False),
     ("gelu", [(3, 7)], {}, True),
     ("gelu", [(3, 7)], {"approximate": "tanh"}, True),
     ("glu", [(3, 8)], {}, True),
@@ -89,6 +93,8 @@ def made(shapes, options, dtype):
         options["target"] = (target if indexed else probabilities).to(DEVICE)
         if not indexed:
             options["target"] = options["target"].to(dtype)
+    if "ids" in options:
+        options["ids"] = torch.randint(6, options["ids"], generator=generator).to(DEVICE)
     if "weight" in options:
         weight = torch.rand(options["weight"], generator=generator)
         options["weight"] = weight.to(DEVICE, dtype)
@@ -103,6 +109,8 @@ def called(name, module, tensors, options):
     if name in ("rms_norm", "layer_norm", "cross_entropy"):
         positional = options.pop("normalized_shape" if "norm" in name else "target")
         out = getattr(module, name)(first, positional, *rest, **options)
+    elif name == "embedding":
+        out = module.embedding(options.pop("ids"), first, **options)
     else:
         out = getattr(module, name)(first, *rest, **options)
     generator = torch.Generator().manual_seed(1)
@@ -148,7 +156,7 @@ def parameters(function):
 
 @pytest.mark.parametrize(
     "name",
-    ["rms_norm", "layer_norm", "softmax", "log_softmax", "cross_entropy"]
+    ["rms_norm", "layer_norm", "softmax", "log_softmax", "cross_entropy", "embedding"]
     + ["linear_cross_entropy"] * hasattr(F, "linear_cross_entropy"),
 )
 def test_signatures_are_those_of_torch(name):

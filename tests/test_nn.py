@@ -264,6 +264,49 @@ def test_cross_entropy_loss(shape, reduction):
     hold(ours, theirs, torch.randn(shape), target)
 
 
+@pytest.mark.parametrize("options", [{}, {"padding_idx": -2}, {"scale_grad_by_freq": True}])
+def test_embedding(options):
+    torch.manual_seed(0)
+    ours, theirs = (room.Embedding(9, 33, **options) for room in (tilewise.nn, nn))
+    assert repr(ours) == repr(theirs)
+    assert isinstance(ours, nn.Embedding)
+    hold(*same_weights(ours, theirs), torch.randint(9, (6, 5)))
+
+
+class Layers(nn.Module):
+    """What `InputEmbedding` is, one layer after the other."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(9, dim, 3), nn.Embedding(7, dim)
+        self.segments, self.norm = nn.Embedding(2, dim), nn.LayerNorm(dim, 1e-12)
+
+    def forward(self, tokens, segments):
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        return self.norm(x + self.segments(segments))
+
+
+def test_input_embedding():
+    class Positional(tilewise.nn.InputEmbedding):
+        def forward(self, tokens, segments):
+            return super().forward(tokens, segment_ids=segments)
+
+    options = {"positions": 7, "segments": 2, "norm": True, "eps": 1e-12, "padding_idx": 3}
+    pair = same_weights(Positional(9, 33, **options), Layers(33))
+    hold(*pair, torch.randint(9, (6, 5)), torch.randint(2, (6, 5)))
+
+
+def test_input_embedding_drops_only_in_training():
+    module = tilewise.nn.InputEmbedding(9, 33, dropout=0.5)
+    assert list(module.state_dict()) == ["tokens.weight"]
+    tokens = torch.randint(9, (6, 5))
+    dropped = module(tokens) == 0
+    assert 0.3 < dropped.float().mean() < 0.7
+    assert torch.equal(module.eval()(tokens), module.tokens(tokens))
+    with pytest.raises(ValueError, match="embed: dropout must be from 0 to 1, got 2"):
+        tilewise.nn.InputEmbedding(9, 33, dropout=2)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotary_turns_by_the_position(interleaved):
     """Against complex numbers; a score knows only how far apart query and key are."""

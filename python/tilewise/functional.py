@@ -14,6 +14,7 @@ from torch import Tensor
 from tilewise.op import autocast_dtype, wide_dtype
 from tilewise.ops import attention as _attention
 from tilewise.ops import cross_entropy as _cross_entropy
+from tilewise.ops import embed as _embed
 from tilewise.ops import gelu as _gelu
 from tilewise.ops import glu as _glu
 from tilewise.ops import layer_norm as _layer_norm
@@ -285,6 +286,45 @@ def linear_cross_entropy(
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Look up rows of a table, as `torch.nn.functional.embedding`.
+
+    PyTorch's own function runs for `max_norm`, `scale_grad_by_freq`, `sparse`, and tables that are
+    empty or not of floating point. Otherwise an index of no row is a row of NaN, not an error.
+
+    Args:
+        input: `[...]`, int64 or int32.
+        weight: `[rows, cols]`.
+        padding_idx: A row of `weight`, from the end if negative, that gets no gradient.
+        max_norm: Scales rows down, in place, whose norm is larger.
+        norm_type: Of that norm.
+        scale_grad_by_freq: Divides gradients by how often a row is named.
+        sparse: Whether the gradient of `weight` is a sparse tensor.
+
+    Returns:
+        `[..., cols]`, dtype of `weight`.
+
+    Raises:
+        TypeError: If a dtype is wrong.
+        ValueError: If a shape is wrong, or `padding_idx` is no row.
+        RuntimeError: If the devices differ.
+    """
+    theirs = max_norm is not None or scale_grad_by_freq or sparse
+    if theirs or weight.numel() == 0 or not weight.is_floating_point():
+        return _torch.embedding(
+            input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+        )
+    return _embed.embed(input, weight, padding_idx=padding_idx)
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:

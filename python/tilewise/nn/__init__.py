@@ -2,6 +2,7 @@
 
 from tilewise.nn.cross_entropy import CrossEntropyLoss
 from tilewise.nn.dropout_add import DropoutAdd
+from tilewise.nn.embed import Embedding, InputEmbedding
 from tilewise.nn.gelu import GELU, BiasGELU
 from tilewise.nn.glu import GLU, PackedGLU
 from tilewise.nn.layer_norm import AddLayerNorm, LayerNorm
@@ -18,6 +19,8 @@ __all__ = [
     "BiasGELU",
     "CrossEntropyLoss",
     "DropoutAdd",
+    "Embedding",
+    "InputEmbedding",
     "LayerNorm",
     "LinearCrossEntropyLoss",
     "LogSoftmax",
