@@ -96,6 +96,12 @@ Array::Array(DType dtype, const std::vector<double>& values) : dtype_(dtype) {
 Array::Array(DType dtype, const std::vector<double>& values, size_t rows, size_t stride)
     : Array(dtype, spread(values, rows, stride)) {}
 
+Array::Array(const std::vector<int64_t>& integers) {
+  std::vector<unsigned char> bits(integers.size() * sizeof(int64_t));
+  std::memcpy(bits.data(), integers.data(), bits.size());
+  if (!bits.empty()) upload(bits);
+}
+
 Array::Array(DType dtype, size_t count) : dtype_(dtype) {
   upload(std::vector<unsigned char>(count * bytes_of(dtype), 0xFF));
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <vector>
 
 #include "launchers.h"
@@ -24,6 +25,8 @@ class Array {
   Array(DType dtype, const std::vector<double>& values);
   // Rows of it, `stride` elements apart; what lies between them is NaN.
   Array(DType dtype, const std::vector<double>& values, size_t rows, size_t stride);
+  // Of integers: two words each, whose values mean nothing.
+  explicit Array(const std::vector<int64_t>& integers);
   // To be written: NaN until then.
   Array(DType dtype, size_t count);
   ~Array();

@@ -106,6 +106,7 @@ int main(int count, char** words) {
   using namespace tilewise::selftest;
   const std::map<std::string, void (*)()> ops{
       {"cross_entropy", cross_entropy},
+      {"embed", embed},
       {"layer_norm", layer_norm},
       {"linear_cross_entropy", linear_cross_entropy},
       {"rms_norm", rms_norm},

@@ -39,6 +39,7 @@ void report(const std::string& name, const std::function<Run()>& run, const Refe
 // A launch of no rows is an error and touches nothing.
 void must_refuse(const std::string& name, cudaError_t status);
 
+void embed();
 void rms_norm();
 void layer_norm();
 void softmax();

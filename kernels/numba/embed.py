@@ -105,13 +105,23 @@ def _forward(
 
 
 @callee
-def _dropped(out, dy, i, dropout, cols):
-    """out = the gradient that dropout lets through, which stands in `out` as factors first."""
-    if dropout[0]:
-        keep_row(out, i, dropout, cols)
-        drop(out, dy, out, cols)
+def _norm_row(dweight, dbias, d, x, mean, rstd, weight, sums, cols):
+    """The sums over a row of g and g * xhat; adds to those over rows where `sums`."""
+    g_sum, dot = real(x, 0), real(x, 0)
+    if sums:
+        for j in range(cols):
+            dy, xhat = load(d, j), (load(x, j) - mean) * rstd
+            g = dy * real(x, load(weight, j))
+            g_sum += g
+            dot += g * xhat
+            store(dweight, j, load(dweight, j) + dy * xhat)
+            store(dbias, j, load(dbias, j) + dy)
     else:
-        copy(out, dy, cols)
+        for j in range(cols):
+            g = load(d, j) * real(x, load(weight, j))
+            g_sum += g
+            dot += g * ((load(x, j) - mean) * rstd)
+    return g_sum, dot
 
 
 @Kernel
@@ -129,41 +139,57 @@ def _norm_backward(
     for i in range(part * rows // parts, (part + 1) * rows // parts):
         g_sum, dot = real(x, 0), real(x, 0)
         if gather(x, i, where, kind, cols):
-            _dropped(d, offset(pointer(dy_at, kind), i * dy_stride), i, dropout, cols)
+            dy = offset(pointer(dy_at, kind), i * dy_stride)
             mean, rstd = load(pointer(mean_at, wide), i), load(pointer(rstd_at, wide), i)
-            if dweight_at:
-                for j in range(cols):
-                    xhat = (load(x, j) - mean) * rstd
-                    store(dweight, j, load(dweight, j) + load(d, j) * xhat)
-                    store(dbias, j, load(dbias, j) + load(d, j))
-            for j in range(cols):
-                g = load(d, j) * real(x, load(weight, j))
-                g_sum += g
-                dot += g * ((load(x, j) - mean) * rstd)
+            if dropout[0]:
+                keep_row(d, i, dropout, cols)
+                drop(d, dy, d, cols)
+                g_sum, dot = _norm_row(
+                    dweight, dbias, d, x, mean, rstd, weight, dweight_at != 0, cols
+                )
+            else:
+                g_sum, dot = _norm_row(
+                    dweight, dbias, dy, x, mean, rstd, weight, dweight_at != 0, cols
+                )
         store(pointer(g_mean_at, wide), i, g_sum / real(x, cols))
         store(pointer(dot_mean_at, wide), i, dot / real(x, cols))
 
 
 @callee
-def _row_gradient(d, x, i, dy, where, norm, dropout, kind, wide, weight_kind, cols):
-    """d = the gradient of what was looked up for row `i`; whether there is any."""
-    token, position, segment = where
-    weight_at, mean_at, rstd_at, g_mean_at, dot_mean_at = norm
-    if weight_at == 0:
-        if id_of(i, token) < 0 or id_of(i, position) < 0 or id_of(i, segment) < 0:
-            return False
-        _dropped(d, dy, i, dropout, cols)
-        return True
-    if not gather(x, i, where, kind, cols):
-        return False
-    _dropped(d, dy, i, dropout, cols)
-    weight = pointer(weight_at, weight_kind)
-    mean, rstd = load(pointer(mean_at, wide), i), load(pointer(rstd_at, wide), i)
-    g_mean, dot_mean = load(pointer(g_mean_at, wide), i), load(pointer(dot_mean_at, wide), i)
+def _gradient(out, d, x, mean, rstd, g_mean, dot_mean, weight, cols):
     for j in range(cols):
-        g, xhat = load(d, j) * real(d, load(weight, j)), (load(x, j) - mean) * rstd
-        store(d, j, rstd * (g - g_mean - xhat * dot_mean))
-    return True
+        g, xhat = load(d, j) * real(x, load(weight, j)), (load(x, j) - mean) * rstd
+        store(out, j, rstd * (g - g_mean - xhat * dot_mean))
+
+
+@callee
+def _row_gradient(d, x, i, dy, where, norm, dropout, kinds, cols):
+    """d = the gradient of what was looked up for row `i`, where it is not dy itself."""
+    kind, wide, weight_kind = kinds
+    weight_at, mean_at, rstd_at, g_mean_at, dot_mean_at = norm
+    if dropout[0]:
+        keep_row(d, i, dropout, cols)
+        drop(d, dy, d, cols)
+    if weight_at:
+        gather(x, i, where, kind, cols)
+        weight = pointer(weight_at, weight_kind)
+        mean, rstd = load(pointer(mean_at, wide), i), load(pointer(rstd_at, wide), i)
+        g_mean, dot_mean = load(pointer(g_mean_at, wide), i), load(pointer(dot_mean_at, wide), i)
+        if dropout[0]:
+            _gradient(d, d, x, mean, rstd, g_mean, dot_mean, weight, cols)
+        else:
+            _gradient(d, dy, x, mean, rstd, g_mean, dot_mean, weight, cols)
+
+
+@callee
+def _collect(out, total, d, added, alone, cols):
+    """Add a row to those of its id, or write it at once if it is the only one."""
+    if added:
+        add(total, d, cols)
+    elif alone:
+        copy(out, d, cols)
+    else:
+        copy(total, d, cols)
 
 
 @callee
@@ -175,7 +201,8 @@ def _key(k, keys_at, repeats):
 
 @callee
 def _walk(chunk, total, d, x, dtable_at, parts, dy_at, runs, where, norm, dropout, kinds, sizes):
-    kind, wide, weight_kind = kinds
+    kind = kinds[0]
+    token, position, segment = where
     rows, cols, dy_stride, chunk_rows = sizes
     keys_at, order_at, period, repeats, table_rows, padding = runs
     first, last = chunk * chunk_rows, min(chunk * chunk_rows + chunk_rows, rows)
@@ -191,13 +218,13 @@ def _walk(chunk, total, d, x, dtable_at, parts, dy_at, runs, where, norm, dropou
         out = offset(pointer(dtable_at, kind), key * cols)
         if counts:
             dy = offset(pointer(dy_at, kind), i * dy_stride)
-            if _row_gradient(d, x, i, dy, where, norm, dropout, kind, wide, weight_kind, cols):
-                if added:
-                    add(total, d, cols)
-                elif ends and not began_before:  # the only row of its id
-                    copy(out, d, cols)
+            if id_of(i, token) >= 0 and id_of(i, position) >= 0 and id_of(i, segment) >= 0:
+                alone = ends and not began_before
+                if norm[0] or dropout[0]:
+                    _row_gradient(d, x, i, dy, where, norm, dropout, kinds, cols)
+                    _collect(out, total, d, added, alone, cols)
                 else:
-                    copy(total, d, cols)
+                    _collect(out, total, dy, added, alone, cols)
                 added += 1
         if not ends and k + 1 < last:
             continue

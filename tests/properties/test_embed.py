@@ -113,7 +113,7 @@ def test_an_id_of_no_row_is_nan_and_has_no_gradient(op, backend, normed):
 def test_a_run_across_many_chunks_is_summed_whole(op, backend):
     """Ids that end at, before and behind borders of chunks, and one that fills several."""
     case_or_skip(op, backend)
-    for count in (1, 2, 16, 50, 97):
+    for count in (1, 3, 16, 97):
         ids = torch.arange(130) // count
         (table,) = leaves(torch.zeros(131, 5))
         dy = torch.randint(-8, 9, (130, 5)).float()  # sums that are exact
@@ -140,20 +140,20 @@ def test_padding_sends_nothing_to_its_row(op, backend):
 def test_dropout_is_the_mask_of_the_seed_in_both_directions(op, backend):
     """Bit for bit that of `keep_mask`, so of every backend; replayed by the gradients."""
     case_or_skip(op, backend)
-    ids = torch.arange(35).view(5, 7)
-    for seed, offset in ((11, 3), (torch.tensor(2**40 + 1), 0), (torch.arange(35) * 2**33, 1)):
-        table, places = leaves(torch.rand(35, 13) + 1, torch.zeros(7, 13))
+    ids = torch.arange(6).view(2, 3)
+    for seed, offset in ((11, 3), (torch.tensor(2**40 + 1), 0), (torch.arange(6) * 2**33, 1)):
+        table, places = leaves(torch.rand(6, 13) + 1, torch.zeros(3, 13))
         one_a_row = isinstance(seed, torch.Tensor) and seed.ndim > 0
-        rows = 0 if one_a_row else torch.arange(35, device=DEVICE)
+        rows = 0 if one_a_row else torch.arange(6, device=DEVICE)
         kept = keep_mask(0.4, seed, offset, rows, 13)
         options = {"dropout_p": 0.4, "seed": seed, "offset": offset, "backend": backend}
         y = tilewise.embed(ids, table, None, places, **options)
-        assert torch.equal(y.view(35, 13) != 0, kept)
-        torch.testing.assert_close(y.view(35, 13), torch.where(kept, table / 0.6, 0))
+        assert torch.equal(y.view(6, 13) != 0, kept)
+        torch.testing.assert_close(y.view(6, 13), torch.where(kept, table / 0.6, 0))
         y.sum().backward()
         assert torch.equal(table.grad != 0, kept)
         torch.testing.assert_close(
-            places.grad, torch.where(kept, 1 / 0.6, 0.0).view(5, 7, 13).sum(0)
+            places.grad, torch.where(kept, 1 / 0.6, 0.0).view(2, 3, 13).sum(0)
         )
 
 

@@ -100,8 +100,8 @@ PROMISES: Sequence[Promise] = (
         Promise((op,), f"*<{first},*", "cuda", dtypes=frozenset({dtype}), wide=True)
         for dtype, width in (("bfloat16", 8), ("float16", 8), ("float32", 4))
         for op, first in (
-            ("embed", width), ("glu", width), ("gelu", width), ("gelu", "true"), ("dropout_add", "true"),
-            ("rotary", width), ("qk_norm_rotary", width),
+            ("embed", width), ("glu", width), ("gelu", width), ("gelu", "true"),
+            ("dropout_add", "true"), ("rotary", width), ("qk_norm_rotary", width),
         )
     ),
     *(
