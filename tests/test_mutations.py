@@ -147,27 +147,28 @@ def test_no_tests_are_no_verdict(environment, tmp_path):
         trials.run_tests(tmp_path, ["test_it.py"], {})
 
 
-def test_the_most_telling_test_comes_first():
-    softmax = OPS["softmax"]
+def test_the_most_telling_tests_come_first():
+    def item(name, op, dtype, size):
+        params = {"op": OPS[op], "dtype": dtype, "size": OPS[op].sizes[size]}
+        callspec, nodeid = SimpleNamespace(params=params), f"tests/test_ops.py::{op}"
+        return SimpleNamespace(originalname=name, callspec=callspec, nodeid=nodeid)
 
-    def item(name, dtype, size):
-        params = {"op": softmax, "dtype": dtype, "size": softmax.sizes[size]}
-        callspec = SimpleNamespace(params=params)
-        return SimpleNamespace(originalname=name, callspec=callspec, nodeid="tests/test_ops.py")
+    def plain(nodeid):
+        return SimpleNamespace(originalname="test_without_parameters", nodeid=nodeid)
 
-    def plain(file):
-        return SimpleNamespace(originalname="test_without_parameters", nodeid=file)
-
+    values, single, half = "test_matches_reference", "torch.float32", "torch.bfloat16"
     wanted = [
         plain("tests/test_rng.py"),
-        item("test_matches_reference", "torch.float32", 0),
-        item("test_matches_reference", "torch.float32", 2),
-        item("test_matches_reference", "torch.bfloat16", 0),
+        item(values, "gelu", single, 0),
+        item(values, "gelu", single, 2),
+        item(values, "gelu", half, 0),
+        item(values, "attention", single, 0),
         plain("tests/properties/test_softmax.py"),
-        item("test_same_input_same_bits", "torch.float32", 1),
+        item("test_same_input_same_bits", "gelu", single, 1),
     ]
-    items = [*reversed(wanted), item("test_compiled_by_inductor", "torch.float32", 0)]
-    trials._Watch({}).pytest_collection_modifyitems(items)
+    items = [*reversed(wanted), item("test_compiled_by_inductor", "gelu", single, 0)]
+    seconds = {"tests/test_ops.py::gelu": 0.2, "tests/test_ops.py::attention": 3.0}
+    trials._Watch(seconds).pytest_collection_modifyitems(items)
     assert [vars(i) for i in items] == [vars(i) for i in wanted]
 
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -115,7 +116,11 @@ class _Watch:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = sorted((i for i in items if i.originalname not in LEFT_OUT), key=_rank)
+        items[:] = [item for item in items if item.originalname not in LEFT_OUT]
+        cost: Counter[str] = Counter()
+        for item in items:
+            cost[_op(item)] += self.before.get(item.nodeid, 0.0)
+        items.sort(key=lambda item: _rank(item, cost))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -131,15 +136,23 @@ class _Watch:
             self.failed = report.nodeid, report.longreprtext
 
 
-def _rank(item: pytest.Item) -> tuple:
-    """What tests the file itself, then values; dtype by dtype, for Numba compiles for each anew."""
-    direct = not item.nodeid.startswith(("tests/test_ops.py", "tests/properties/"))
+def _op(item: pytest.Item) -> str:
     given = item.callspec.params if hasattr(item, "callspec") else {}
-    size, dtype = given.get("size"), str(given.get("dtype", "float32"))
-    sizes = given["op"].sizes if size is not None else []
-    narrow = "float32" not in dtype
+    return getattr(given.get("op"), "name", "")
+
+
+def _rank(item: pytest.Item, cost: Mapping[str, float]) -> tuple:
+    """What tests the file itself, then values: the ops that cost least, one dtype after the other.
+
+    Both are for Numba, which compiles for each anew.
+    """
+    direct = not item.nodeid.startswith(("tests/test_ops.py", "tests/properties/"))
     after = 0 if direct else 1 if item.originalname == FIRST else 2
-    return after, narrow, dtype, sizes.index(size) if sizes else 0
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    dtype = str(given.get("dtype", "float32"))
+    sizes, size = getattr(given.get("op"), "sizes", []), given.get("size")
+    place = sizes.index(size) if size in sizes else 0
+    return after, cost[_op(item)], "float32" not in dtype, dtype, place
 
 
 def _run_here(sender: Connection, tree: Path, tests, seconds, objects, cache: Path) -> None:
