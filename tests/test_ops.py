@@ -127,6 +127,17 @@ def test_any_layout_of_one_operand(op, backend, layout):
         torch.testing.assert_close(got, expected)
 
 
+ROWS = [p for p in BACKENDS if {"rows", "cols"} <= p.values[0].sizes[0].keys()]
+
+
+@pytest.mark.parametrize("op, backend", ROWS)
+def test_any_layout_of_more_rows_than_columns(op, backend):
+    call, _, tensors = case_or_skip(op, backend, torch.float32, {"rows": 40, "cols": 16})
+    torch.testing.assert_close(
+        laid_out(op, call, tensors, sliced), laid_out(op, call, tensors, straight)
+    )
+
+
 def ops_called(run):
     """What of ours `run` calls, as (op, arguments)."""
     seen = []
