@@ -104,7 +104,7 @@ def test_odd_widths(op, backend, rows, cols):
     held(op, backend, x, *extra, weight, bias, eps=0.1)
 
 
-@pytest.mark.parametrize("cols", [1025, 8200])
+@pytest.mark.parametrize("cols", [1025, 8000, 8200])
 @pytest.mark.parametrize("op, backend", [p for p in MINE if p.values[1] == "triton"])
 def test_more_tiles_of_rows_than_programs(op, backend, cols, monkeypatch):
     from tilewise.kernels.triton import _norm
