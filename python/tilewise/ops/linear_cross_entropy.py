@@ -348,11 +348,11 @@ LINEAR_CROSS_ENTROPY = declare(
         backends=BACKENDS,
         inputs=_inputs,
         sizes=[
-            {"tokens": 6, "dim": 16, "classes": 40},
+            {"tokens": 6, "dim": 16, "classes": 40, "reduction": "none", "z_loss": 0.01},
+            {"tokens": 33, "dim": 64, "classes": 200},
             {"tokens": 0, "dim": 16, "classes": 8, "reduction": "sum"},  # empty batch
             {"tokens": 5, "dim": 7, "classes": 1, "reduction": "sum"},  # loss 0, gradients 0
             {"tokens": 67, "dim": 48, "classes": 131, "ignored": 3},  # nothing is a whole tile
-            {"tokens": 33, "dim": 64, "classes": 200, "reduction": "none", "z_loss": 0.01},
             {"tokens": 43, "dim": 32, "classes": 96, "memory": "min", "label_smoothing": 0.1},
             {"tokens": 20, "dim": 33, "classes": 70, "memory": "lean", "softcap": 4.0},
             {"tokens": 136, "dim": 32, "classes": 640, "weighted": True, "logit_scale": 0.5},
