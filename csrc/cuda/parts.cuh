@@ -139,4 +139,10 @@ cudaError_t column_sums(T* out, T* second_out, const float* parts, const float* 
                 rows, cols, blocks);
 }
 
+template <typename T>
+cudaError_t column_sum(T* out, const float* parts, int64_t rows, int64_t cols,
+                       cudaStream_t stream) {
+  return column_sums<T>(out, nullptr, parts, nullptr, rows, cols, stream);
+}
+
 }  // namespace tilewise
