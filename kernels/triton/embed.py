@@ -237,9 +237,8 @@ def _table_backward_kernel(
     turn = first // repeats
     lap = first - turn * repeats
     key = key_of(keys_ptr, turn)
-    before = tl.maximum(first - 1, 0)
-    began_before = (first > 0) & (key_of(keys_ptr, before // repeats) == key)
-    slot = tl.where(began_before, 0, 1)
+    before = tl.maximum(first - 1, 0) // repeats
+    slot = tl.where((first > 0) & (key_of(keys_ptr, before) == key), 0, 1)  # 0: it began before
     counts = (key >= 0) & (key < table_rows) & (key != padding)
     goes_on = first < 0  # False
     total = tl.zeros([BLOCK], tl.float32)
