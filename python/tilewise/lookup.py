@@ -16,7 +16,7 @@ def in_turn(
         ids = ids[0]
     if ids.shape != shape[len(shape) - ids.ndim :]:
         ids = ids.expand(shape)
-    return ids.reshape(-1).to(torch.int64), ids.numel()
+    return ids.reshape(-1).to(torch.int64).contiguous(), ids.numel()
 
 
 def looked_up(ids: Tensor, table: Tensor, padding: int | None = None) -> tuple[Tensor, Tensor]:
