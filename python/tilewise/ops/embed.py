@@ -373,11 +373,11 @@ EMBED = declare(
                 "padding": 3,
             },  # rows misaligned; positions by turns; a row of no gradient
             {
-                "batch": 5, "seq": 16, "vocab": 400, "cols": 65, "segments": 3, "given": True,
+                "batch": 3, "seq": 9, "vocab": 400, "cols": 65, "segments": 3, "given": True,
                 "dropout": 0.3,
             },  # most rows named by nobody; part of a group of four
             {
-                "batch": 3, "seq": 13, "vocab": 11, "cols": 1000, "positions": 50, "segments": 2,
+                "batch": 2, "seq": 9, "vocab": 11, "cols": 200, "positions": 50, "segments": 2,
                 "norm": "float32", "given": True, "dropout": 0.2,
             },
             {
