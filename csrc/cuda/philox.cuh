@@ -24,7 +24,9 @@ TILEWISE_ANYWHERE inline PhiloxWords philox(uint64_t seed, uint64_t offset, uint
   uint32_t a = group, b = row;
   auto c = static_cast<uint32_t>(offset), d = static_cast<uint32_t>(offset >> 32);
   auto low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
+#ifdef __CUDA_ARCH__  // the host's compiler does not know it
 #pragma unroll
+#endif
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t from_a = uint64_t{0xD2511F53} * a, from_c = uint64_t{0xCD9E8D57} * c;
     a = static_cast<uint32_t>(from_c >> 32) ^ b ^ low;

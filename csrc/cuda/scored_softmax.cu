@@ -25,8 +25,7 @@ struct Forward {
 };
 
 template <typename T, typename B, int kHeld, bool kExact>
-__global__ void __launch_bounds__(most_threads(kHeld), least_blocks(kHeld))
-    forward_kernel(Forward<T, B> softmax) {
+__global__ void __launch_bounds__(kTeamThreads, 1) forward_kernel(Forward<T, B> softmax) {
   using Columns = Span<kVector<T>, kHeld, kExact>;
   constexpr int kWidth = Columns::kWidth;
   Team<Exponentials> team(softmax.blocks);
@@ -111,8 +110,7 @@ __device__ float dscore(float dy, float y, float total, bool log) {
 }
 
 template <typename T, int kHeld, bool kExact>
-__global__ void __launch_bounds__(most_threads(kHeld), least_blocks(kHeld))
-    backward_kernel(Backward<T> softmax) {
+__global__ void __launch_bounds__(kTeamThreads, 1) backward_kernel(Backward<T> softmax) {
   using Columns = Span<kVector<T>, kHeld, kExact>;
   constexpr int kWidth = Columns::kWidth;
   Team<Sums<2>> team(softmax.blocks);

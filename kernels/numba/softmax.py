@@ -370,7 +370,7 @@ def scored_softmax_backward(
         tuple(bias.shape[:-1]), copies, parts, causal, zero, log,
     )  # fmt: skip
     dbias = sums.view(lines, parts, -1).sum(1)[:, :cols]
-    return dx, dbias.reshape(bias.shape).to(bias.dtype)
+    return dx, dbias.to(bias.dtype).contiguous().view(bias.shape)
 
 
 def _strides(t: Tensor | None) -> tuple[int, ...]:
