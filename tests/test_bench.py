@@ -127,8 +127,8 @@ def test_torch_compile_is_a_provider():
 
 
 def test_what_is_wrong_is_not_timed():
-    def wrong(*tensors, backend, **options):
-        return OPS["rms_norm"].reference(*tensors, **options) * 1.01
+    def wrong(x, *tensors, backend, **options):
+        return OPS["rms_norm"].reference(x, *tensors, **options) * 1.01
 
     report = run(work(replace(SMALL, call=wrong)))
     assert "numba" not in {row.provider for row in report.rows}
@@ -174,7 +174,7 @@ def test_bytes_and_flops():
     op = replace(SMALL, flops=lambda *tensors, **options: 7)
     tensors, options = op.inputs(**SIZE, device="cpu", dtype=torch.float32)
     standard = standard_of(op, tensors, options)
-    x, weight = tensors
+    x, weight = tensors[:2]
     forward, both = (
         bench.cost_of(op, tensors, options, standard, direction) for direction in bench.DIRECTIONS
     )

@@ -89,8 +89,8 @@ def test_a_mutation_changes_its_place_alone():
 
 
 def test_a_seed_draws_the_same_again():
-    path = mutants.ROOT / "kernels/numba/rms_norm.py"
-    first, again, other = (draw(path, "rms_norm.py", 10, seed) for seed in (0, 0, 1))
+    path = mutants.ROOT / "kernels/numba/rotary.py"
+    first, again, other = (draw(path, "rotary.py", 10, seed) for seed in (0, 0, 1))
     assert first == again != other
     assert len(set(first)) == 10
 
@@ -101,7 +101,10 @@ def test_every_kernel_is_broken():
     assert found["kernels/numba/_online_softmax.py"].ops == ("attention",)
     assert found["csrc/cuda/rms_norm.cu"].tests[0] == "tests/test_ops.py"
     for kernel in found.values():
-        assert len(draw(mutants.ROOT / kernel.path, kernel.path, 10, 0)) >= 5, kernel
+        path = mutants.ROOT / kernel.path
+        drawn = len(draw(path, kernel.path, 10, 0))
+        # What only hands tensors on to another file has little to break.
+        assert drawn == 10 or (drawn and len(path.read_text().splitlines()) < 130), kernel
 
 
 def test_a_kernel_that_tests_import_is_tried_by_them():

@@ -307,6 +307,7 @@ cudaError_t embed_table_backward(
     const int64_t* offsets, int64_t seed_stride, int64_t offset_stride, int64_t seed,
     int64_t offset, int64_t rows, int64_t cols, int64_t dy_stride, DType dtype, DType weight_dtype,
     cudaStream_t stream) {
+  if (rows == 0 || cols == 0 || period == 0) return cudaErrorInvalidValue;
   return for_dtypes(dtype, weight_dtype, [&](auto t, auto w) {
     using T = typename decltype(t)::type;
     using W = typename decltype(w)::type;

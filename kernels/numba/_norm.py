@@ -87,9 +87,12 @@ def _statistics(x, cols, eps, means):
     """mean, 0 where there are no `means`, and rstd."""
     mean, left, square_sum = real(x, 0), real(x, 0), real(x, 0)
     if means is None:
-        for j in range(cols):
-            v = load(x, j)
-            square_sum += v * v
+        for start in range(0, cols, CHUNK):  # a sum of sums, for long rows
+            part, chunk = real(x, 0), offset(x, start)
+            for j in range(min(CHUNK, cols - start)):
+                v = load(chunk, j)
+                part += v * v
+            square_sum += part
     else:
         total = real(x, 0)
         for j in range(cols):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tilewise.choice import refusal
-from tilewise.op import INTERPRETED, Op, Size, Tensors, leading
+from tilewise.op import INTERPRETED, Op, Size, Tensors
 
 BLOCK_ROWS = 32
 NUDGES = 3
@@ -173,7 +173,8 @@ class Standard:
 
 def standard_of(op: Op, tensors: Tensors, options: dict[str, Any]) -> Standard:
     """Run the reference, in fp64 and in the dtype of `tensors`."""
-    first = leading(tensors)
+    first = tensors[next(iter(op.backends.values())).leading]
+    assert first is not None
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tilewise import native
-from tilewise.op import OPS, Backend, Op, leading, stand_in
+from tilewise.op import OPS, Backend, Op, stand_in
 
 BACKENDS = ("cuda", "numba", "triton", "reference")
 
@@ -75,7 +75,8 @@ _present._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see op.
 
 def refusal(candidate: Backend, *tensors: Tensor | None, **options: Any) -> Refusal | None:
     """Say why `candidate` cannot take these inputs, and as which error, or None if it can."""
-    first = leading(tensors)
+    first = tensors[candidate.leading]
+    assert first is not None
     device, dtype = first.device.type, first.dtype
     if device not in candidate.devices:
         return RuntimeError, f"runs on {' and '.join(sorted(candidate.devices))}, got {device}"
@@ -164,7 +165,7 @@ def explain(name: str, *tensors: Tensor | None, **options: Any) -> dict[str, str
         n: _passed_over(n, b, *tensors, **options) or "can run" for n, b in op.backends.items()
     }
     answer["reference"] = "can run"
-    first = leading(tensors)
+    first = next(t for t in tensors if t is not None)
     if torch._C._functorch.is_functorch_wrapped_tensor(first):
         return answer | {"reference": "chosen, for torch.func transforms it"}
     return answer | {choose(op, None, *tensors, **options): "chosen"}

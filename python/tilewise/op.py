@@ -52,6 +52,7 @@ class Backend:
         refuses: Given the op's tensors and options, what it cannot do about them, or None.
         declines: Given the same, why another backend is faster, or None: only the automatic choice
             heeds it.
+        leading: Which tensor has the device and the dtype: the first, unless indices come first.
     """
 
     module: str
@@ -60,6 +61,7 @@ class Backend:
     dtypes: frozenset[torch.dtype]
     refuses: Callable[..., str | None] = lambda *tensors, **options: None
     declines: Callable[..., str | None] = lambda *tensors, **options: None
+    leading: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def backends_of(
     cuda: Callable[..., str | None] | None = None,
     numba: Callable[..., str | None] | None = None,
     triton: Callable[..., str | None] | None = None,
+    leading: int = 0,
 ) -> dict[str, Backend]:
     """The backends of an op by the house's rule, in the automatic order: cuda, numba, triton.
 
@@ -121,7 +124,9 @@ def backends_of(
         "triton": (triton, "triton", TRITON_DEVICES, FLOATS),
     }
     return {
-        name: Backend(f"tilewise.kernels.{name}.{op}", needs, devices, dtypes, refuses)
+        name: Backend(
+            f"tilewise.kernels.{name}.{op}", needs, devices, dtypes, refuses, leading=leading
+        )
         for name, (refuses, needs, devices, dtypes) in table.items()
         if refuses is not None
     }
@@ -228,12 +233,6 @@ def differentiable_gradients(
             torch.autograd.grad(outs, wanted, douts, create_graph=True, materialize_grads=True)
         )
     return tuple(next(grads) if t is not None and t.requires_grad else None for t in leaves)
-
-
-def leading(tensors: Sequence[Tensor | None]) -> Tensor:
-    """The first tensor of floating point, whose dtype is that of the op; else the first of all."""
-    given = [t for t in tensors if t is not None]
-    return next((t for t in given if t.is_floating_point()), given[0])
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -253,7 +253,7 @@ def _flat_reference(*arguments: Any) -> Tensor:
     )  # fmt: skip
 
 
-BACKENDS = backends_of("embed", cuda=takes_all, numba=takes_all, triton=takes_all)
+BACKENDS = backends_of("embed", cuda=takes_all, numba=takes_all, triton=takes_all, leading=1)
 
 _WHERE = (
     "Tensor token_ids, Tensor token_table, Tensor? position_ids, Tensor? position_table,"
