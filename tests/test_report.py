@@ -55,8 +55,9 @@ def test_every_kernel_that_needs_a_gpu_has_a_hash():
         ("csrc/cuda/rms_norm.cu", "cuda"),
     ],
 )
-def test_a_kernels_own_file_counts_for_it_alone(checkout, file, room):
-    assert changed_by(checkout, file, "eps", "epsilon") == {f"rms_norm/{room}"}
+def test_a_kernels_own_file_counts_for_its_family_alone(checkout, file, room):
+    family = {f"rms_norm/{room}", f"add_rms_norm/{room}"}
+    assert changed_by(checkout, file, "eps", "epsilon") == family
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,9 @@ def test_only_its_own_launcher_counts(checkout):
     end = "}  // namespace tilewise"
     assert changed_by(checkout, "csrc/launchers.h", end, foreign + end) == set()
     mine = "cudaError_t rms_norm_forward("
-    assert changed_by(checkout, "csrc/launchers.h", mine, mine + "int more, ") == {"rms_norm/cuda"}
+    assert changed_by(checkout, "csrc/launchers.h", mine, mine + "int more, ") == {
+        "rms_norm/cuda", "add_rms_norm/cuda"
+    }  # fmt: skip
 
 
 def results(root, name, **kernels):
