@@ -281,7 +281,9 @@ def test_validation_has_no_dropout_and_sees_every_window(
 def test_bf16_is_autocast_over_fp32_weights(tiny: TrainingSettings, tmp_path: Path) -> None:
     run = begin(dataclasses.replace(tiny, precision="bf16"), tmp_path / "out")
     seen = set()
-    run.model.head.register_forward_hook(lambda module, inputs, logits: seen.add(logits.dtype))
+    for module in run.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, inputs, out: seen.add(out.dtype))
     advance(run)
     assert seen == {torch.bfloat16}
     moments = [value for state in run.optimizer.state.values() for value in state.values()]
