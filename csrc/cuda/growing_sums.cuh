@@ -19,8 +19,9 @@ __device__ inline float* growing_sums(float* parts, int64_t part, int64_t cols, 
 
 template <int kWidth>
 __device__ void clear(float* sums, int64_t cols) {
-  const float zeros[kWidth] = {};
-  for_columns<kWidth>(cols, [&](int64_t col) { store(sums + col, zeros); });
+  for_columns<kWidth>(cols, [&](int64_t col) {
+    *reinterpret_cast<Pack<float, kWidth>*>(sums + col) = Pack<float, kWidth>{};
+  });
 }
 
 template <int kWidth>
@@ -29,7 +30,7 @@ __device__ void add(float* sums, const float (&values)[kWidth]) {
   load(v, sums);
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) v[i] += values[i];
-  store(sums, v);
+  *reinterpret_cast<Pack<float, kWidth>*>(sums) = packed<float>(v);
 }
 
 template <int kWidth>

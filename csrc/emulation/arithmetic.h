@@ -90,6 +90,10 @@ void __stcg(T* address, T value) {
   *address = value;
 }
 template <typename T>
+void __stwb(T* address, T value) {
+  *address = value;
+}
+template <typename T>
 void __stcs(T* address, T value) {
   *address = value;
 }
