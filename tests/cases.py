@@ -8,7 +8,7 @@ import torch
 import tilewise  # noqa: F401  (declares the ops)
 from tilewise.check import cases, gradient_inputs
 from tilewise.choice import refusal
-from tilewise.op import OPS
+from tilewise.op import INTERPRETED, OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -18,7 +18,29 @@ def label(op, backend, dtype, size):
     return f"{op.name}-{backend}-{dtype}-{shape}".replace("torch.", "")
 
 
-CASES = [pytest.param(op, *case, id=label(op, *case)) for op in OPS.values() for case in cases(op)]
+# `make test` has a dtype of each kind at every size, the others, which are read and written by the
+# same lines but for a width, at an op's first; and what is said of a kernel and not of its numbers
+# at the first as well. `make check` has all.
+FIRST_SIZES = 3
+MAIN_DTYPES = torch.float32, torch.bfloat16
+
+
+def unless(quick):
+    return () if quick else pytest.mark.slow
+
+
+def interpreted(backend):
+    return backend == "triton" and INTERPRETED
+
+
+CASES = [
+    pytest.param(
+        op, backend, dtype, size, id=label(op, backend, dtype, size),
+        marks=unless(dtype in MAIN_DTYPES or size in op.sizes[:FIRST_SIZES]),
+    )
+    for op in OPS.values()
+    for backend, dtype, size in cases(op)
+]  # fmt: skip
 BACKENDS = [
     pytest.param(op, backend, id=f"{op.name}-{backend}")
     for op in OPS.values()

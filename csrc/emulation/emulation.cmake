@@ -7,6 +7,7 @@ if(TILEWISE_SANITIZER STREQUAL "plain")
 elseif(TILEWISE_SANITIZER STREQUAL "address")
   set(instrumented -fsanitize=address,undefined -fno-sanitize-recover=undefined)
   set(linked ${instrumented})
+  list(APPEND instrumented -Wno-maybe-uninitialized)  # its checks hide from GCC what is set
 elseif(TILEWISE_SANITIZER STREQUAL "thread")
   set(instrumented -fsanitize=thread)
   set(linked ${instrumented})

@@ -219,20 +219,22 @@ def differentiable_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients for `create_graph=True`: those of the reference, to be differentiated again.
 
-    One for each of `tensors`, None for those that are None or not floating point.
+    One for each of `tensors`, None for those that are None or not floating point. Each is taken by
+    an alias: a tensor that the op itself returned must not lead back to the others.
     """
     with torch.enable_grad():
-        leaves = [
-            t if t is None or t.requires_grad or not t.is_floating_point()
+        inputs = [
+            t if t is None or not t.is_floating_point()
+            else t.view_as(t) if t.requires_grad
             else t.detach().requires_grad_()
             for t in tensors
         ]  # fmt: skip
-        wanted = [t for t in leaves if t is not None and t.requires_grad]
-        outs = reference(*leaves, *options)
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        outs = reference(*inputs, *options)
         grads = iter(
             torch.autograd.grad(outs, wanted, douts, create_graph=True, materialize_grads=True)
         )
-    return tuple(next(grads) if t is not None and t.requires_grad else None for t in leaves)
+    return tuple(next(grads) if t is not None and t.requires_grad else None for t in inputs)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

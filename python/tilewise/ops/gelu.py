@@ -329,7 +329,7 @@ BIAS_GELU = declare(
             {"rows": 1, "cols": 1, "approximate": "tanh"},
             {"rows": 67, "cols": 127, **_DROPOUT},  # misaligned, part of a group of four
             {"rows": 70, "cols": 136, "bias": "float32", "approximate": "tanh"},
-            {"rows": 300, "cols": 16, "bias": "float32", **_DROPOUT},  # several rows in a part
+            {"rows": 70, "cols": 16, "bias": "float32", **_DROPOUT},  # several rows in a part
             {"rows": 3, "cols": 4104},  # several tasks in a row
         ],
         workloads=[
