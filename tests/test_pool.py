@@ -12,7 +12,7 @@ import pytest
 PREAMBLE = """
 import os, sys, threading, time
 import torch, tilewise
-import tilewise.kernels.numba.rms_norm as kernels
+import tilewise.kernels.numba._norm as kernels
 from tilewise.kernels.numba._parallel import Kernel, compiled
 from tilewise.kernels.numba._simd import KINDS, address, kind, pointer, real, store
 

@@ -96,7 +96,9 @@ def write_gradient(
             g = emit_read(builder, dy.dtype, dy_at, i, lanes, real)
             if weight != types.none:
                 scale = emit_read(builder, weight.dtype, weight_at, i, lanes, real)
-                g = builder.fmul(g, builder.fadd(scale, added))
+                # With a flag of its own it is rounded by itself, as it was in the sum that makes
+                # g_mean: the one column of a row has no gradient at all.
+                g = builder.fmul(g, builder.fadd(scale, added), flags=("nsz",))
             xhat = builder.fsub(emit_read(builder, x.dtype, x_at, i, lanes, real), mean)
             along = builder.fmul(builder.fmul(xhat, rstd), dot_mean)
             v = builder.fmul(rstd, builder.fsub(builder.fsub(g, g_mean), along))

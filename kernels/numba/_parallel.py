@@ -40,8 +40,7 @@ def _cache_folder() -> str:
     stamp = sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     root = os.environ.get("TILEWISE_CACHE") or Path(home) / "tilewise"
-    pool = "torch" if _POOL else "numba"  # a launch calls the one or the other
-    return str(Path(root) / "numba" / f"{numba.__version__}-{stamp}-{pool}")
+    return str(Path(root) / "numba" / f"{numba.__version__}-{stamp}")
 
 
 class _Cache(FunctionCache):
@@ -94,9 +93,40 @@ def _find_pool():
     return None
 
 
-_POOL = _find_pool()
-if _POOL:
-    llvmlite.binding.add_symbol("tilewise_parallel", _POOL)
+@intrinsic
+def _call(typing_context, function, data):
+    """function(data), both addresses."""
+
+    def emit(context, builder, signature, args):
+        data = builder.inttoptr(args[1], INT8.as_pointer())
+        builder.call(builder.inttoptr(args[0], WORK.as_pointer()), [data])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), emit
+
+
+@lru_cache
+def _numba_pool():
+    """Numba's own threads behind the signature of `GOMP_parallel`; compiling it starts them."""
+
+    @numba.njit(parallel=True, nogil=True)
+    def spread(work, data, threads):
+        for _ in numba.prange(threads):
+            _call(work, data)
+
+    @numba.cfunc(types.void(types.intp, types.intp, types.int32, types.int32))
+    def parallel(work, data, threads, flags):
+        spread(work, data, threads)
+
+    return parallel
+
+
+# Compiled code loads the pool's function from here, by name, so that it can be kept.
+WORK = ir.FunctionType(ir.VoidType(), [INT8.as_pointer()])
+PARALLEL = ir.FunctionType(ir.VoidType(), [WORK.as_pointer(), INT8.as_pointer(), INT32, INT32])
+_POOL = ctypes.c_void_p(_find_pool())
+_POOL_IS_TORCH = bool(_POOL)
+llvmlite.binding.add_symbol("tilewise_pool", ctypes.addressof(_POOL))
 
 # The threads of the pool do not survive a fork, and torch's runtime then waits for them for ever.
 _FORKED = False
@@ -128,27 +158,20 @@ def _for_each_task(typing_context, body, tasks, threads, args):
         for i, value in enumerate((ir.Constant(INT64, 0), tasks, args)):
             builder.store(value, cgutils.gep_inbounds(builder, shared, 0, i))
 
-        work = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [INT8.as_pointer()]),
-                           builder.module.get_unique_name("tilewise_work"))  # fmt: skip
+        work = ir.Function(builder.module, WORK, builder.module.get_unique_name("tilewise_work"))
         work.linkage = "internal"
         inner = ir.IRBuilder(work.append_basic_block("entry"))
         _emit_loop(context, inner, compiled_body, signature.args[3], state)
 
-        run = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [work.type, INT8.as_pointer(), INT32, INT32]),
-            "tilewise_parallel",
-        )
         data = builder.bitcast(shared, INT8.as_pointer())
         alone = builder.icmp_signed("<=", threads, ir.Constant(INT64, 1))
         with builder.if_else(alone) as (serial, parallel):
             with serial:
                 builder.call(work, [data])
             with parallel:
-                if _POOL:
-                    builder.call(run, [work, data, builder.trunc(threads, INT32), INT32(0)])
-                else:
-                    builder.call(work, [data])
+                pool = ir.GlobalVariable(builder.module, PARALLEL.as_pointer(), "tilewise_pool")
+                threads = builder.trunc(threads, INT32)
+                builder.call(builder.load(pool), [work, data, threads, INT32(0)])
         return context.get_dummy_value()
 
     return signature, emit
@@ -209,22 +232,11 @@ class Kernel:
         def launch(tasks, threads, *args):
             _for_each_task(body, tasks, threads, args)
 
-        return self._named(launch)
-
-    @cached_property
-    def _launch_numba(self):
-        body = self.body
-
-        def launch(tasks, *args):
-            for task in numba.prange(tasks):
-                body(task, *args)
-
-        return numba.njit(parallel=True, nogil=True)(launch)
-
-    def _named(self, launch):
         # The name of its file in the cache: without the module two ops' would be taken for one.
-        body = self.body.py_func
-        launch.__qualname__ = f"{body.__module__}.{body.__qualname__}".rpartition("kernels.")[2]
+        written = body.py_func
+        launch.__qualname__ = f"{written.__module__}.{written.__qualname__}".rpartition("kernels.")[
+            2
+        ]
         return compiled(launch)
 
     def __call__(self, tasks: int, elements: int, *args) -> None:
@@ -232,8 +244,9 @@ class Kernel:
         threads = min(torch.get_num_threads(), tasks)
         if elements < SERIAL_BELOW or threads < 2 or _FORKED:
             self._launch(tasks, 1, *args)
-        elif _POOL:
+        elif _POOL_IS_TORCH:
             self._launch(tasks, threads, *args)
         else:
             with self._one_at_a_time:
-                self._launch_numba(tasks, *args)
+                _POOL.value = _numba_pool().address
+                self._launch(tasks, threads, *args)
