@@ -2,6 +2,7 @@
 
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import seeded_kernels
@@ -237,11 +238,22 @@ def test_serialised_matrix_instructions_are_seen(tmp_path):
     folder = tmp_path / "csrc" / "cuda"
     folder.mkdir(parents=True)
     (folder / "seeded.cu").write_text(SERIALISED)
-    (kernel,) = cuda_kernels.compile_file((str(folder / "seeded.cu"), "sm_90"))
+    (kernel,) = cuda_kernels.kernels_of((str(folder / "seeded.cu"), "sm_90"))
     assert (kernel.op, kernel.warps, kernel.matrix) == ("seeded", 4, {"HGMMA": 4})
     assert broken(kernel) == ["must keep wgmma in flight, got C7511 of ptxas"]
-    (failed,) = cuda_kernels.compile_file((str(folder / "seeded.cu"), "sm_80"))
+    (failed,) = cuda_kernels.kernels_of((str(folder / "seeded.cu"), "sm_80"))
     assert "not supported on .target 'sm_80'" in failed.error
+
+
+@needs_nvcc
+def test_what_is_built_is_read_and_not_compiled_again():
+    (task, *others) = cuda_kernels.tasks([], ["sm_90"])
+    if others:
+        pytest.skip("the module is not built for sm_90 as it is")
+    (file, *others) = cuda_kernels.tasks(["linear_cross_entropy"], ["sm_90"])
+    assert (Path(task[0]).suffix, Path(file[0]).name) == (".so", "linear_cross_entropy.cu")
+    read = [k for k in cuda_kernels.kernels_of(task) if k.op == "linear_cross_entropy"]
+    assert not others and sorted(read, key=str) == sorted(cuda_kernels.kernels_of(file), key=str)
 
 
 @needs_nvcc
@@ -253,7 +265,7 @@ def test_cuda_kernels_are_named(tmp_path):
         "template <int kWidth, typename T> __global__ void twice(T* y) { y[kWidth] += y[0]; }\n"
         "} void* use() { return (void*)twice<8, __nv_bfloat16>; } }\n"
     )
-    (kernel,) = cuda_kernels.compile_file((str(folder / "part.cu"), "sm_90"))
+    (kernel,) = cuda_kernels.kernels_of((str(folder / "part.cu"), "sm_90"))
     assert (kernel.op, kernel.kernel, kernel.dtype) == ("some_op", "twice<8, bf16>", "bfloat16")
     assert kernel.warps == cuda_kernels.UNBOUNDED / 32
 

@@ -75,7 +75,8 @@ def serves(archs: str, capability: Capability) -> bool:
 # --- Where it is.
 
 
-def _place(folder: Path, archs: str) -> Path:
+def place(folder: Path, archs: str) -> Path:
+    """The folder of the module from these sources for these architectures, built or not."""
     compiler = toolchain.nvcc() or "nvcc"
     return toolchain.builds(folder, compiler) / archs.replace(";", "+")
 
@@ -92,12 +93,12 @@ def _find() -> Path | None:
     if folder is None or toolchain.nvcc() is None:
         return None
     capabilities = _capabilities()
-    wanted = _place(folder, architectures(capabilities))
-    for place in (wanted, *sorted(wanted.parent.glob("*"))):
-        archs = place.name.replace("+", ";")
-        fits = place == wanted or all(serves(archs, capability) for capability in capabilities)
-        if fits and (place / FILE).is_file():
-            return place / FILE
+    wanted = place(folder, architectures(capabilities))
+    for found in (wanted, *sorted(wanted.parent.glob("*"))):
+        archs = found.name.replace("+", ";")
+        fits = found == wanted or all(serves(archs, capability) for capability in capabilities)
+        if fits and (found / FILE).is_file():
+            return found / FILE
     return None
 
 
@@ -177,7 +178,7 @@ def build_for_gpus(force: bool = False, archs: str | None = None) -> Path:
             (into / "selftest").replace(log.with_name("selftest"))
         return module
 
-    module = toolchain.build_once(_place(folder, wanted) / FILE, make, force)
+    module = toolchain.build_once(place(folder, wanted) / FILE, make, force)
     _find.cache_clear()
     return module
 

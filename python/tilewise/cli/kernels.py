@@ -125,12 +125,12 @@ def compiled(
     wanted = {str(dtype).removeprefix("torch.") for dtype in dtypes} | {""}
     # nvcc is a program of its own, and runs beside: few long tasks at the end would be waited for.
     with processes() as pool, ThreadPoolExecutor(1) as beside:
-        compiling = beside.map(cuda_kernels.compile_file, files)
+        compiling = beside.map(lambda task: cuda_kernels.kernels_of(task, wanted), files)
         tasks = plan(pool, ops, dtypes, architectures)
         rows = dict(with_progress(report(pool, tasks), "compiling", len(tasks)))
         cuda = list(with_progress(compiling, "nvcc", len(files)))
     found = [rows[place] for place in range(len(tasks))]
-    return found + [k for each in cuda for k in each if k.dtype in wanted]
+    return found + [kernel for each in cuda for kernel in each]
 
 
 def update(rows: Sequence[Kernel], whole: bool) -> None:

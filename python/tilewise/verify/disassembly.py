@@ -12,7 +12,7 @@ import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -106,8 +106,12 @@ def tool(name: str) -> str | None:
     return None
 
 
-def disassemble(cubins: Sequence[bytes], architecture: Architecture) -> list[list[Code]]:
-    """The kernels of each cubin, all of one architecture.
+def disassemble(
+    cubins: Sequence[bytes],
+    architecture: Architecture,
+    wanted: Callable[[str], bool] = lambda kernel: True,
+) -> list[list[Code]]:
+    """The `wanted` kernels of each cubin, all of one architecture.
 
     The tool takes a third of a second to begin and hardly any time to read, but takes one file at
     a time: so it gets the instructions alone, of all of them.
@@ -118,7 +122,7 @@ def disassemble(cubins: Sequence[bytes], architecture: Architecture) -> list[lis
     program = tool("nvdisasm")
     if program is None:
         raise RuntimeError("disassemble: nvdisasm must be on PATH or come with triton, got neither")
-    functions = [_functions(cubin) for cubin in cubins]
+    functions = [[f for f in sections(cubin, ".text.") if wanted(f[0])] for cubin in cubins]
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
         file.write(b"".join(code for each in functions for _, code in each))
         file.flush()
@@ -139,18 +143,16 @@ def disassemble(cubins: Sequence[bytes], architecture: Architecture) -> list[lis
     return codes
 
 
-def _functions(cubin: bytes) -> list[tuple[str, bytes]]:
-    """The names of the kernels in a cubin, a 64-bit ELF file, and their instructions."""
+def sections(cubin: bytes, prefix: str) -> Iterator[tuple[str, bytes]]:
+    """The sections of a cubin, a 64-bit ELF file, that are named `prefix` and of what kernel."""
     (first,) = struct.unpack_from("<Q", cubin, 40)
     size, count, names = struct.unpack_from("<HHH", cubin, 58)
     heads = [struct.unpack_from("<IIQQQQ", cubin, first + i * size) for i in range(count)]
-    found = []
     for name, _, _, _, offset, length in heads:
         start = heads[names][4] + name
         word = cubin[start : cubin.index(b"\0", start)].decode()
-        if word.startswith(".text."):
-            found.append((word.removeprefix(".text."), cubin[offset : offset + length]))
-    return found
+        if word.startswith(prefix):
+            yield word.removeprefix(prefix), cubin[offset : offset + length]
 
 
 def _labelled(lines: Sequence[str]) -> str:
