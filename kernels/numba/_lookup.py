@@ -3,11 +3,9 @@
 import numpy as np
 
 from tilewise.kernels.numba._parallel import callee
-from tilewise.kernels.numba._philox import keep, philox
 from tilewise.kernels.numba._simd import address, load, offset, pointer, real, store
 
 INTEGER = np.int64(0)
-WORDS = 1 << 32
 
 
 @callee
@@ -47,28 +45,6 @@ def gather(x, i, where, kind, cols):
 
 
 @callee
-def keep_row(factors, i, dropout, cols):
-    """1 / (1 - p) where dropout keeps a column of row `i`, else 0."""
-    _, threshold, scale, seeds_at, offsets_at, seed_step, offset_step, seed, place = dropout
-    if seeds_at:
-        seed = load(pointer(seeds_at, INTEGER), i * seed_step)
-    if offsets_at:
-        place = load(pointer(offsets_at, INTEGER), i * offset_step)
-    row = 0 if seed_step else i
-    kept, none = real(factors, scale), real(factors, 0)
-    for group in range(cols // 4):
-        a, b, c, d = philox(seed, place, row, group)
-        store(factors, 4 * group, kept if keep(a, threshold) else none)
-        store(factors, 4 * group + 1, kept if keep(b, threshold) else none)
-        store(factors, 4 * group + 2, kept if keep(c, threshold) else none)
-        store(factors, 4 * group + 3, kept if keep(d, threshold) else none)
-    if cols % 4:
-        words = philox(seed, place, row, cols // 4)
-        for j in range(cols % 4):
-            store(factors, cols // 4 * 4 + j, kept if keep(words[j], threshold) else none)
-
-
-@callee
 def drop(out, x, factors, cols):
     """out = x * factors, 0 where that is 0 whatever x is."""
     none = real(factors, 0)
@@ -103,13 +79,3 @@ def where_of(tokens, table, position_ids, position_table, segment_ids, segment_t
         (address(i), 0, 0, 0, 1) if t is None else (address(i), address(t), len(t), t.stride(0), p)
         for i, t, p in zip(ids, tables, (len(tokens), *periods), strict=True)
     )
-
-
-def draw(dropout_p, seeds, offsets, seed, place):
-    """Whether there is any dropout, threshold and scale, then what draws the numbers."""
-    scale = 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
-    steps = (0 if t is None else t.ndim for t in (seeds, offsets))
-    return (
-        int(dropout_p > 0), int(dropout_p * WORDS), scale, address(seeds), address(offsets),
-        *steps, seed, place,
-    )  # fmt: skip

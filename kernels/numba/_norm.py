@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tilewise.kernels.numba._dropout import SCALE, mark_kept
 from tilewise.kernels.numba._norm_rows import add_row, write_gradient, write_row
 from tilewise.kernels.numba._parallel import Kernel, callee
-from tilewise.kernels.numba._philox import keep, philox
 from tilewise.kernels.numba._shared import partial_sums, parts_for
 from tilewise.kernels.numba._simd import (
     address,
@@ -26,8 +26,6 @@ from tilewise.kernels.numba._simd import (
 from tilewise.kernels.numba._stream import CHUNK, finish_writes, scratch, streamed
 
 CONTIGUOUS = torch.contiguous_format
-INTEGER = np.int64(0)
-WORDS = 1 << 32
 PARTIAL_SUMS = 1 << 20  # at most so many in all: for wide rows fewer parts, not more memory
 
 
@@ -45,30 +43,6 @@ def _start(i, grid):
 
 
 @callee
-def _keep_chunk(factors, dropout, row, start, count):
-    """1 / (1 - p) where dropout keeps one of `count` columns from `start`, else 0; 4 divides it."""
-    seeds_at, offsets_at, seed, shift, seed_step, offset_step, threshold, scale = dropout
-    if seeds_at:
-        seed = load(pointer(seeds_at, INTEGER), row * seed_step)
-    if offsets_at:
-        shift = load(pointer(offsets_at, INTEGER), row * offset_step)
-    if seed_step:  # a seed for each row
-        row = 0
-    kept, none = real(factors, scale), real(factors, 0)
-    group, whole = start // 4, count // 4
-    for g in range(whole):
-        a, b, c, d = philox(seed, shift, row, group + g)
-        store(factors, 4 * g, kept if keep(a, threshold) else none)
-        store(factors, 4 * g + 1, kept if keep(b, threshold) else none)
-        store(factors, 4 * g + 2, kept if keep(c, threshold) else none)
-        store(factors, 4 * g + 3, kept if keep(d, threshold) else none)
-    if count % 4:
-        words = philox(seed, shift, row, group + whole)
-        for j in range(count % 4):
-            store(factors, 4 * whole + j, kept if keep(words[j], threshold) else none)
-
-
-@callee
 def _add_row(total, x, residual, cols, dropout, row):
     """total = dropout(x) + residual."""
     if dropout is None:
@@ -77,7 +51,7 @@ def _add_row(total, x, residual, cols, dropout, row):
         factors = scratch(total)
         for start in range(0, cols, CHUNK):
             count = min(CHUNK, cols - start)
-            _keep_chunk(factors, dropout, row, start, count)
+            mark_kept(factors, start, count, row, dropout, dropout[SCALE])
             branch, stream = offset(x, start), offset(residual, start)
             add_row(offset(total, start), branch, stream, factors, count)
 
@@ -142,7 +116,7 @@ def _write_gradient(
         factors = scratch(dy)
         for start in range(0, cols, CHUNK):
             count = min(CHUNK, cols - start)
-            _keep_chunk(factors, dropout, row, start, count)
+            mark_kept(factors, start, count, row, dropout, dropout[SCALE])
             write_gradient(
                 offset(dx, start), offset(dresidual, start), offset(dy, start),
                 offset(dsum, start), offset(x, start), offset(weight, start), factors,
@@ -235,17 +209,6 @@ def _grid_of(x: Tensor) -> tuple[int, ...]:
     if x.ndim == 3:
         return 1, x.shape[1], x.stride(0), 0, x.stride(1)
     return x.shape[1], x.shape[2], x.stride(0), x.stride(1), x.stride(2)
-
-
-def dropout_of(
-    p: float, seeds: Tensor | None, offsets: Tensor | None, seed: int, shift: int
-) -> tuple[float, ...] | None:
-    """What the kernels take of dropout."""
-    if p == 0:
-        return None
-    steps = (0 if numbers is None else numbers.ndim for numbers in (seeds, offsets))
-    scale = 0.0 if p == 1 else 1 / (1 - p)
-    return address(seeds), address(offsets), seed, shift, *steps, int(p * WORDS), scale
 
 
 def normalise(

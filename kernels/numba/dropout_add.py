@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tilewise.kernels.numba._dropout import draw, mark_kept, of_row
+from tilewise.kernels.numba._dropout import ANY, SCALE, draw, mark_kept
 from tilewise.kernels.numba._elements import chunks
 from tilewise.kernels.numba._parallel import Kernel
 from tilewise.kernels.numba._simd import address, kind, load, offset, pointer, real, store
@@ -12,10 +12,9 @@ from tilewise.kernels.numba._simd import address, kind, load, offset, pointer, r
 @Kernel
 def _add(
     task, y_at, x_at, residual_at, kind, x_kind, rows, cols, row_step, col_step,
-    x_stride, residual_stride,
-    threshold, scale, seeds_at, seed_stride, seed, places_at, place_stride, place, index,
+    x_stride, residual_stride, dropout,
 ):  # fmt: skip
-    scale, zero = real(kind, scale), real(kind, 0)
+    scale, zero = real(kind, dropout[SCALE]), real(kind, 0)
     across = (cols + col_step - 1) // col_step
     row, col = task // across * row_step, task % across * col_step
     width = min(cols - col, col_step)
@@ -23,10 +22,8 @@ def _add(
         x = offset(pointer(x_at, x_kind), i * x_stride + col)
         residual = offset(pointer(residual_at, kind), i * residual_stride + col)
         y = offset(pointer(y_at, kind), i * cols + col)
-        if threshold:
-            s = of_row(seeds_at, seed_stride, seed, i, index)
-            o = of_row(places_at, place_stride, place, i, index)
-            mark_kept(y, col, width, s, o, 0 if seed_stride else i, threshold)
+        if dropout[ANY]:
+            mark_kept(y, col, width, i, dropout, 1)
             for j in range(width):
                 v = load(x, j) * scale if load(y, j) > zero else zero
                 if residual_at:  # LLVM asks once, outside of the loop
@@ -45,7 +42,7 @@ def _launch(
     _add(
         tasks, 2 * x.numel(), address(y), address(x), address(residual), kind(y), kind(x), *sizes,
         x.stride(0), 0 if residual is None else residual.stride(0),
-        *draw(p, seeds, offsets, seed, offset),
+        draw(p, seeds, offsets, seed, offset),
     )  # fmt: skip
     return y
 

@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tilewise.kernels.numba._dropout import ANY, SCALE, draw, mark_kept
 from tilewise.kernels.numba._lookup import (
     INTEGER,
     add,
     copy,
-    draw,
     drop,
     fill,
     gather,
     id_of,
-    keep_row,
     where_of,
 )
 from tilewise.kernels.numba._parallel import Kernel, callee, take
@@ -74,7 +73,7 @@ def _forward(
 ):  # fmt: skip
     x = offset(pointer(scratch_at, wide), 2 * part * stride)
     factors = offset(x, stride)
-    dropping = dropout[0]
+    dropping = dropout[ANY]
     for i in range(part * rows // parts, (part + 1) * rows // parts):
         y = offset(pointer(y_at, kind), i * cols)
         if weight_at:
@@ -95,7 +94,7 @@ def _forward(
         if dropping:
             if not there:
                 fill(x, real(x, np.nan), cols)
-            keep_row(factors, i, dropout, cols)
+            mark_kept(factors, 0, cols, i, dropout, dropout[SCALE])
             drop(y, x, factors, cols)
         elif not there:
             fill(y, real(x, np.nan), cols)
@@ -141,8 +140,8 @@ def _norm_backward(
         if gather(x, i, where, kind, cols):
             dy = offset(pointer(dy_at, kind), i * dy_stride)
             mean, rstd = load(pointer(mean_at, wide), i), load(pointer(rstd_at, wide), i)
-            if dropout[0]:
-                keep_row(d, i, dropout, cols)
+            if dropout[ANY]:
+                mark_kept(d, 0, cols, i, dropout, dropout[SCALE])
                 drop(d, dy, d, cols)
                 g_sum, dot = _norm_row(
                     dweight, dbias, d, x, mean, rstd, weight, dweight_at != 0, cols
@@ -167,15 +166,15 @@ def _row_gradient(d, x, i, dy, where, norm, dropout, kinds, cols):
     """d = the gradient of what was looked up for row `i`, where it is not dy itself."""
     kind, wide, weight_kind = kinds
     weight_at, mean_at, rstd_at, g_mean_at, dot_mean_at = norm
-    if dropout[0]:
-        keep_row(d, i, dropout, cols)
+    if dropout[ANY]:
+        mark_kept(d, 0, cols, i, dropout, dropout[SCALE])
         drop(d, dy, d, cols)
     if weight_at:
         gather(x, i, where, kind, cols)
         weight = pointer(weight_at, weight_kind)
         mean, rstd = load(pointer(mean_at, wide), i), load(pointer(rstd_at, wide), i)
         g_mean, dot_mean = load(pointer(g_mean_at, wide), i), load(pointer(dot_mean_at, wide), i)
-        if dropout[0]:
+        if dropout[ANY]:
             _gradient(d, d, x, mean, rstd, g_mean, dot_mean, weight, cols)
         else:
             _gradient(d, dy, x, mean, rstd, g_mean, dot_mean, weight, cols)
@@ -220,7 +219,7 @@ def _walk(chunk, total, d, x, dtable_at, parts, dy_at, runs, where, norm, dropou
             dy = offset(pointer(dy_at, kind), i * dy_stride)
             if id_of(i, token) >= 0 and id_of(i, position) >= 0 and id_of(i, segment) >= 0:
                 alone = ends and not began_before
-                if norm[0] or dropout[0]:
+                if norm[0] or dropout[ANY]:
                     _row_gradient(d, x, i, dy, where, norm, dropout, kinds, cols)
                     _collect(out, total, d, added, alone, cols)
                 else:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tilewise.kernels.numba._activations import backward_kernels, forward_kernels
-from tilewise.kernels.numba._dropout import draw, mark_kept, of_row
+from tilewise.kernels.numba._dropout import ANY, SCALE, draw, mark_kept
 from tilewise.kernels.numba._elements import chunks
 from tilewise.kernels.numba._shared import partial_sums, parts_for
 from tilewise.kernels.numba._simd import address, kind, load, offset, pointer, real, store
@@ -48,10 +48,9 @@ def _backward(activation):
 def _bias_forward(activation):
     def chunk(
         task, y_at, x_at, bias_at, kind, bias_kind,
-        rows, cols, row_step, col_step, x_stride,
-        threshold, scale, seeds_at, seed_stride, seed, places_at, place_stride, place, index,
+        rows, cols, row_step, col_step, x_stride, dropout,
     ):  # fmt: skip
-        scale, zero = real(kind, scale), real(kind, 0)
+        scale, zero = real(kind, dropout[SCALE]), real(kind, 0)
         across = (cols + col_step - 1) // col_step
         row, col = task // across * row_step, task % across * col_step
         width = min(cols - col, col_step)
@@ -59,10 +58,8 @@ def _bias_forward(activation):
         for i in range(row, min(row + row_step, rows)):
             x = offset(pointer(x_at, kind), i * x_stride + col)
             y = offset(pointer(y_at, kind), i * cols + col)
-            if threshold:
-                s = of_row(seeds_at, seed_stride, seed, i, index)
-                o = of_row(places_at, place_stride, place, i, index)
-                mark_kept(y, col, width, s, o, 0 if seed_stride else i, threshold)
+            if dropout[ANY]:
+                mark_kept(y, col, width, i, dropout, 1)
                 for j in range(width):
                     v = load(x, j) + real(kind, load(bias, j))
                     kept = activation(v) * scale
@@ -79,10 +76,9 @@ def _bias_forward(activation):
 def _bias_backward(activation):
     def part(
         part, dx_at, dbias_at, dy_at, x_at, bias_at, kind, wide, bias_kind,
-        rows, cols, dx_stride, sum_stride, dy_stride, x_stride, parts,
-        threshold, scale, seeds_at, seed_stride, seed, places_at, place_stride, place, index,
+        rows, cols, dx_stride, sum_stride, dy_stride, x_stride, parts, dropout,
     ):  # fmt: skip
-        scale, zero = real(kind, scale), real(kind, 0)
+        scale, zero = real(kind, dropout[SCALE]), real(kind, 0)
         bias = pointer(bias_at, bias_kind)
         dbias = offset(pointer(dbias_at, wide), part * sum_stride)
         for i in range(part * rows // parts, (part + 1) * rows // parts):
@@ -90,10 +86,8 @@ def _bias_backward(activation):
             dy = offset(pointer(dy_at, kind), i * dy_stride)
             # Where dx is not wanted, a part has a row of it that is written over and over.
             dx = offset(pointer(dx_at, kind), (i if dx_stride else part) * cols)
-            if threshold:
-                s = of_row(seeds_at, seed_stride, seed, i, index)
-                o = of_row(places_at, place_stride, place, i, index)
-                mark_kept(dx, 0, cols, s, o, 0 if seed_stride else i, threshold)
+            if dropout[ANY]:
+                mark_kept(dx, 0, cols, i, dropout, 1)
                 for j in range(cols):
                     v = load(x, j) + real(kind, load(bias, j))
                     _, slope = activation(v)
@@ -144,7 +138,7 @@ def bias_gelu_forward(
     tasks, *sizes = chunks(x, keep_rows=True)
     _bias_forward[_NAMES[approximate]](
         tasks, x.numel(), address(y), address(x), address(bias),
-        kind(x), kind(bias), *sizes, x.stride(0), *draw(dropout_p, seeds, offsets, seed, offset),
+        kind(x), kind(bias), *sizes, x.stride(0), draw(dropout_p, seeds, offsets, seed, offset),
     )  # fmt: skip
     return y
 
@@ -164,7 +158,7 @@ def bias_gelu_backward(
         parts, 2 * x.numel(), address(dx), address(sums), address(dy), address(x), address(bias),
         kind(x), kind(x.new_empty(0, dtype=wide)), kind(bias),
         rows, cols, cols if want_dx else 0, 0 if sums is None else sums.shape[1],
-        dy.stride(0), x.stride(0), parts, *draw(dropout_p, seeds, offsets, seed, offset),
+        dy.stride(0), x.stride(0), parts, draw(dropout_p, seeds, offsets, seed, offset),
     )  # fmt: skip
     dbias = bias.new_empty(0) if sums is None else sums.sum(0)[:cols].to(bias.dtype)
     return dx if want_dx else x.new_empty(0), dbias

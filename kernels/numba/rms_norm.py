@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from tilewise.kernels.numba._norm import differentiate, dropout_of, normalise
+from tilewise.kernels.numba._dropout import draw
+from tilewise.kernels.numba._norm import differentiate, normalise
 
 
 def rms_norm_forward(
@@ -52,7 +53,7 @@ def add_rms_norm_forward(
     offset: int,
 ) -> tuple[Tensor, ...]:
     """x, residual [rows, cols], weight, bias [cols] -> y, sum [rows, cols], rstd [rows]."""
-    dropout = dropout_of(dropout_p, seeds, offsets, seed, offset)
+    dropout = draw(dropout_p, seeds, offsets, seed, offset) if dropout_p else None
     options = (eps, weight_offset, casting, dropout)
     return tuple(normalise(x, residual, weight, bias, *options, centred=False))
 
@@ -77,7 +78,7 @@ def add_rms_norm_backward(
 ) -> tuple[Tensor, ...]:
     """dy, dsum, sum [rows, cols], weight, bias [cols], rstd [rows]
     -> dx, dresidual [rows, cols], dweight, dbias [cols], empty where they are not wanted."""
-    dropout = dropout_of(dropout_p, seeds, offsets, seed, offset)
+    dropout = draw(dropout_p, seeds, offsets, seed, offset) if dropout_p else None
     wanted = (want_dx, want_dresidual, want_dweight, want_dbias)
     inputs = (dy, dsum, total, weight, bias, None, rstd)
     return tuple(differentiate(*inputs, weight_offset, dropout, wanted))
