@@ -14,7 +14,6 @@ from tilewise.kernels.triton._norm_wide import (
 )
 from tilewise.kernels.triton._shared import MAX_PARTS, WIDE_ROW, WIDEST_BLOCK, launch_options
 
-WORDS = 1 << 32
 TILE = 2048  # elements of several narrow rows, four warps' work
 WIDEST_FORWARD = 16384  # columns that a program can hold in registers forward
 
@@ -43,22 +42,6 @@ def _stride(x: Tensor | None) -> int:
 def _unit(*lengths: int) -> int:
     """8 where it divides all these, so that the compiler can be told."""
     return 8 if all(length % 8 == 0 for length in lengths) else 1
-
-
-def dropout_of(
-    p: float, seeds: Tensor | None, offsets: Tensor | None, seed: int, offset: int
-) -> tuple[tuple, dict[str, int]]:
-    """What the kernels take of dropout: arguments, and constants."""
-    strides = {
-        "SEED_STRIDE": 0 if seeds is None else seeds.ndim,
-        "OFFSET_STRIDE": 0 if offsets is None else offsets.ndim,
-    }
-    scale = 0.0 if p == 1 else 1 / (1 - p)
-    arguments = (seeds, offsets, seed, offset, int(p * WORDS), scale)
-    return arguments, {"DROPOUT": p > 0, **strides}
-
-
-NO_DROPOUT = dropout_of(0.0, None, None, 0, 0)
 
 
 def normalise(

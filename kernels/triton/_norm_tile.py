@@ -7,7 +7,7 @@ UNIT elements, which is 8 where 8 divides them all: rows of 1000 are then read 1
 import triton
 import triton.language as tl
 
-from tilewise.kernels.triton._philox import keep, philox
+from tilewise.kernels.triton._dropout import dropped
 
 # From this width on there is no room for the weight beside a row, its gradient and two sums: with
 # dropout or dsum 2 to 8 local accesses (sm_80 and sm_90), none where it is loaded for each row.
@@ -38,23 +38,6 @@ def load_wide(ptr, mask):
 def rounded(x, dtype: tl.constexpr):
     """`x` as a store in `dtype` would round it."""
     return x.to(dtype).to(tl.float32)
-
-
-@triton.jit
-def dropped(
-    x, row, first, mask, seeds_ptr, offsets_ptr, seed, offset, threshold, keep_scale,
-    SEED_STRIDE: tl.constexpr, OFFSET_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The tile `x` [rows, BLOCK], of columns from `first`, where dropout keeps it; 0 elsewhere."""
-    seed, offset = tl.cast(seed, tl.int64), tl.cast(offset, tl.int64)
-    if seeds_ptr is not None:
-        seed = tl.load(seeds_ptr + row * SEED_STRIDE, mask=mask, other=0)
-    if offsets_ptr is not None:
-        offset = tl.load(offsets_ptr + row * OFFSET_STRIDE, mask=mask, other=0)
-    group = (first // 4 + tl.arange(0, BLOCK // 4))[None, :]
-    a, b, c, d = philox(seed, offset, row * (1 - SEED_STRIDE), group)
-    word = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
-    return tl.where(keep(word, threshold), x * keep_scale, 0.0)
 
 
 @triton.jit
@@ -101,8 +84,8 @@ def _forward_kernel(
     if residual_ptr is not None:
         if DROPOUT:
             x = dropped(
-                x, row, 0, row < rows, seeds_ptr, offsets_ptr, seed, offset, threshold, keep_scale,
-                SEED_STRIDE, OFFSET_STRIDE, BLOCK,
+                x, row, 0, seeds_ptr, offsets_ptr, seed, offset, threshold, keep_scale,
+                SEED_STRIDE, OFFSET_STRIDE, BLOCK, row < rows,
             )  # fmt: skip
         x += load_wide(residual_ptr + row * (residual_stride * UNIT) + col, mask)
         tl.store(sum_ptr + row * cols + col, x, mask=mask)
@@ -175,8 +158,8 @@ def _backward_kernel(
             if dx_ptr is not None:
                 if DROPOUT:
                     dx = dropped(
-                        dx, row, 0, row < rows, seeds_ptr, offsets_ptr, seed, offset, threshold,
-                        keep_scale, SEED_STRIDE, OFFSET_STRIDE, BLOCK,
+                        dx, row, 0, seeds_ptr, offsets_ptr, seed, offset, threshold, keep_scale,
+                        SEED_STRIDE, OFFSET_STRIDE, BLOCK, row < rows,
                     )  # fmt: skip
                 tl.store(dx_ptr + row * cols + col, dx, mask=mask)
 

@@ -4,7 +4,8 @@ the formula needs them, out of the L2 cache after the first time."""
 import triton
 import triton.language as tl
 
-from tilewise.kernels.triton._norm_tile import dropped, load_wide, scaled, start_of
+from tilewise.kernels.triton._dropout import dropped
+from tilewise.kernels.triton._norm_tile import load_wide, scaled, start_of
 
 
 @triton.jit(do_not_specialize=["seed", "offset", "threshold"])
@@ -25,8 +26,8 @@ def _forward_wide_kernel(
             x = load_wide(row_ptr + col, col < cols)
             if DROPOUT:
                 x = dropped(
-                    x, row, first, row >= 0, seeds_ptr, offsets_ptr, seed, offset, threshold,
-                    keep_scale, SEED_STRIDE, OFFSET_STRIDE, BLOCK,
+                    x, row, first, seeds_ptr, offsets_ptr, seed, offset, threshold, keep_scale,
+                    SEED_STRIDE, OFFSET_STRIDE, BLOCK,
                 )  # fmt: skip
             x += load_wide(residual_ptr + row * (residual_stride * UNIT) + col, col < cols)
             tl.store(sum_ptr + row * cols + col, x, mask=col < cols)
@@ -110,8 +111,8 @@ def _backward_wide_kernel(
         if dx_ptr is not None:
             if DROPOUT:
                 dx = dropped(
-                    dx, row, first, row >= 0, seeds_ptr, offsets_ptr, seed, offset, threshold,
-                    keep_scale, SEED_STRIDE, OFFSET_STRIDE, BLOCK,
+                    dx, row, first, seeds_ptr, offsets_ptr, seed, offset, threshold, keep_scale,
+                    SEED_STRIDE, OFFSET_STRIDE, BLOCK,
                 )  # fmt: skip
             tl.store(dx_ptr + row * cols + col, dx, mask=mask)
 

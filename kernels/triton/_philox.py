@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 ROUNDS = tl.constexpr(10)
 
@@ -28,7 +27,8 @@ def philox(seed, offset, row, group):
 
 @triton.jit
 def philox_words(seed, offset, row, start, BLOCK: tl.constexpr):
-    """The words of columns `start` to `start` + BLOCK - 1; both are multiples of 4."""
+    """The words of columns `start` to `start` + BLOCK - 1, both multiples of 4, of one row or of
+    rows [rows, 1]."""
     group = start // 4 + tl.arange(0, BLOCK // 4)
     a, b, c, d = philox(seed, offset, row, group)
     return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
@@ -46,38 +46,3 @@ def uniform(word):
 def keep(word, threshold):
     """Whether dropout keeps an element; the threshold is floor(p * 2^32), so 2^32 keeps none."""
     return word.to(tl.int64) >= threshold
-
-
-@triton.jit
-def number_of(ptr, number, row, STRIDE: tl.constexpr):
-    """The row's own int64, where there is a tensor, else the number for all."""
-    if ptr is None:
-        return tl.cast(number, tl.int64)
-    else:
-        return tl.load(ptr + row * STRIDE).to(tl.int64)
-
-
-@triton.jit
-def kept_columns(
-    seed_ptr, offset_ptr, seed, offset, threshold, row, start,
-    SEED_STRIDE: tl.constexpr, OFFSET_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Whether dropout keeps columns `start` to `start` + BLOCK - 1 of a row; multiples of 4."""
-    seed = number_of(seed_ptr, seed, row, SEED_STRIDE)
-    offset = number_of(offset_ptr, offset, row, OFFSET_STRIDE)
-    counter_row = row * (1 - SEED_STRIDE)  # one seed a row does not know the row
-    return keep(philox_words(seed, offset, counter_row, start, BLOCK), threshold)
-
-
-WORDS = 1 << 32
-
-
-def draw(
-    dropout_p: float, seeds: Tensor | None, offsets: Tensor | None, seed: int, offset: int
-) -> tuple[tuple[Tensor | None, Tensor | None, int, int, int, float], dict[str, int]]:
-    """What a kernel is given to drop out: seeds, offsets, seed, offset, threshold and the scale of
-    what is kept; and its options."""
-    scale = 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
-    strides = (0 if t is None else t.ndim for t in (seeds, offsets))
-    options = dict(zip(("SEED_STRIDE", "OFFSET_STRIDE"), strides, strict=True))
-    return (seeds, offsets, seed, offset, int(dropout_p * WORDS), scale), options

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tilewise.kernels.triton._dropout import draw, dropped
 from tilewise.kernels.triton._elements import element_block, element_options, element_start
-from tilewise.kernels.triton._philox import draw, kept_columns
 
 
 @triton.jit(do_not_specialize=["seed", "offset", "threshold"])
@@ -21,11 +21,10 @@ def _forward_kernel(
 
     if DROPOUT:
         number, start = element_start(cols, GRAIN, BLOCK)
-        kept = kept_columns(
-            seed_ptr, offset_ptr, seed, offset, threshold, number, start,
+        y = dropped(
+            y, number, start, seed_ptr, offset_ptr, seed, offset, threshold, scale,
             SEED_STRIDE, OFFSET_STRIDE, BLOCK,
         )  # fmt: skip
-        y = tl.where(kept, y * scale, 0.0)
     if HAS_RESIDUAL:
         at = residual_ptr + row * residual_stride + col
         y += tl.load(at, mask=mask, other=0.0).to(tl.float32)
@@ -42,7 +41,7 @@ def _launch(
     numbers, strides = draw(p, seeds, offsets, seed, offset)
     _forward_kernel[grid](
         y, x, beside, *numbers, *sizes,
-        DROPOUT=p > 0, HAS_RESIDUAL=residual is not None, **strides, **options,
+        HAS_RESIDUAL=residual is not None, **strides, **options,
     )  # fmt: skip
     return y
 

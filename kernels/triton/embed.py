@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tilewise.kernels.triton._lookup import draw, dropped, gather, row_of, where_of
+from tilewise.kernels.triton._dropout import draw, dropped
+from tilewise.kernels.triton._lookup import gather, row_of, where_of
 from tilewise.kernels.triton._runs import TALL, _join_kernel, key_of
 from tilewise.kernels.triton._shared import (
     MAX_PARTS,
@@ -65,7 +66,7 @@ def _forward_kernel(
     y = tl.where(there, y, float("nan"))
     if DROPOUT:
         y = dropped(
-            y, seeds_ptr, offsets_ptr, seed, offset, threshold, scale, row, 0,
+            y, row, 0, seeds_ptr, offsets_ptr, seed, offset, threshold, scale,
             SEED_STRIDE, OFFSET_STRIDE, BLOCK,
         )  # fmt: skip
     tl.store(y_ptr + row * cols + col, y, mask=mask)
@@ -121,7 +122,7 @@ def _forward_wide_kernel(
         y = tl.where(there, y, float("nan"))
         if DROPOUT:
             y = dropped(
-                y, seeds_ptr, offsets_ptr, seed, offset, threshold, scale, row, start,
+                y, row, start, seeds_ptr, offsets_ptr, seed, offset, threshold, scale,
                 SEED_STRIDE, OFFSET_STRIDE, BLOCK,
             )  # fmt: skip
         tl.store(y_ptr + row * cols + col, y, mask=mask)
@@ -160,7 +161,7 @@ def _norm_backward_kernel(
         d = tl.load(dy_ptr + row * dy_stride + col, mask=mask, other=0.0).to(tl.float32)
         if DROPOUT:
             d = dropped(
-                d, seeds_ptr, offsets_ptr, seed, offset, threshold, scale, row, start,
+                d, row, start, seeds_ptr, offsets_ptr, seed, offset, threshold, scale,
                 SEED_STRIDE, OFFSET_STRIDE, BLOCK,
             )  # fmt: skip
         d = tl.where(there, d, 0.0)
@@ -202,7 +203,7 @@ def _means_wide_kernel(
         g = tl.load(dy_ptr + row * dy_stride + col, mask=mask, other=0.0).to(tl.float32)
         if DROPOUT:
             g = dropped(
-                g, seeds_ptr, offsets_ptr, seed, offset, threshold, scale, row, start,
+                g, row, start, seeds_ptr, offsets_ptr, seed, offset, threshold, scale,
                 SEED_STRIDE, OFFSET_STRIDE, BLOCK,
             )  # fmt: skip
         g *= tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
@@ -256,7 +257,7 @@ def _table_backward_kernel(
         d = tl.load(dy_ptr + row * dy_stride + col, mask=mask, other=0.0).to(tl.float32)
         if DROPOUT:
             d = dropped(
-                d, seeds_ptr, offsets_ptr, seed, offset, threshold, scale, row, start,
+                d, row, start, seeds_ptr, offsets_ptr, seed, offset, threshold, scale,
                 SEED_STRIDE, OFFSET_STRIDE, BLOCK,
             )  # fmt: skip
         if weight_ptr is not None:

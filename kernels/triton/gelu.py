@@ -6,13 +6,13 @@ import triton.language as tl
 from torch import Tensor
 
 from tilewise.kernels.triton._activations import activate
+from tilewise.kernels.triton._dropout import draw, dropped
 from tilewise.kernels.triton._elements import (
     element_block,
     element_options,
     element_start,
     in_grains,
 )
-from tilewise.kernels.triton._philox import draw, kept_columns
 from tilewise.kernels.triton._shared import MAX_PARTS, launch_options
 
 _NAMES = {"none": "gelu", "tanh": "gelu_tanh"}
@@ -62,11 +62,10 @@ def _bias_forward_kernel(
     y, _ = activate(x + bias, ACTIVATION)
     if DROPOUT:
         number, start = element_start(cols, GRAIN, BLOCK)
-        kept = kept_columns(
-            seed_ptr, offset_ptr, seed, offset, threshold, number, start,
+        y = dropped(
+            y, number, start, seed_ptr, offset_ptr, seed, offset, threshold, scale,
             SEED_STRIDE, OFFSET_STRIDE, BLOCK,
         )  # fmt: skip
-        y = tl.where(kept, y * scale, 0.0)
 
     tl.store(y_ptr + row * cols + col, y, mask=mask)
 
@@ -96,11 +95,10 @@ def _bias_backward_kernel(
         _, slope = activate(x + bias, ACTIVATION)
         dx *= slope
         if DROPOUT:
-            kept = kept_columns(
-                seed_ptr, offset_ptr, seed, offset, threshold, row, start,
+            dx = dropped(
+                dx, row, start, seed_ptr, offset_ptr, seed, offset, threshold, scale,
                 SEED_STRIDE, OFFSET_STRIDE, BLOCK,
             )  # fmt: skip
-            dx = tl.where(kept, dx * scale, 0.0)
         dbias += dx
         if WANT_DX:
             tl.store(dx_ptr + at * cols + col, dx, mask=mask)
@@ -135,7 +133,7 @@ def bias_gelu_forward(
     numbers, strides = draw(dropout_p, seeds, offsets, seed, offset)
     _bias_forward_kernel[grid](
         y, x, bias, *numbers, *sizes,
-        DROPOUT=dropout_p > 0, ACTIVATION=_NAMES[approximate], **strides, **options,
+        ACTIVATION=_NAMES[approximate], **strides, **options,
     )  # fmt: skip
     return y
 
@@ -156,7 +154,7 @@ def bias_gelu_backward(
     numbers, strides = draw(dropout_p, seeds, offsets, seed, offset)
     _bias_backward_kernel[(triton.cdiv(cols, block), programs)](
         dx, parts, dy, x, bias, *numbers, rows, *sizes,
-        DROPOUT=dropout_p > 0, WANT_DX=want_dx, WANT_DBIAS=want_dbias,
+        WANT_DX=want_dx, WANT_DBIAS=want_dbias,
         ACTIVATION=_NAMES[approximate], GRAIN=grain, BLOCK=block, **strides,
         **launch_options(max(block // 256, 1)),
     )  # fmt: skip

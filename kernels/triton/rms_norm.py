@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from tilewise.kernels.triton._norm import NO_DROPOUT, differentiate, dropout_of, normalise
+from tilewise.kernels.triton._dropout import NO_DROPOUT, draw
+from tilewise.kernels.triton._norm import differentiate, normalise
 from tilewise.kernels.triton._shared import SEARCH_SPACE as SEARCH_SPACE
 
 
@@ -53,7 +54,7 @@ def add_rms_norm_forward(
     offset: int,
 ) -> tuple[Tensor, ...]:
     """x, residual [rows, cols], weight, bias [cols] -> y, sum [rows, cols], rstd [rows]."""
-    dropout = dropout_of(dropout_p, seeds, offsets, seed, offset)
+    dropout = draw(dropout_p, seeds, offsets, seed, offset)
     options = (eps, weight_offset, casting, dropout)
     return tuple(normalise(x, residual, weight, bias, *options, centred=False))
 
@@ -78,7 +79,7 @@ def add_rms_norm_backward(
 ) -> tuple[Tensor, ...]:
     """dy, dsum, sum [rows, cols], weight, bias [cols], rstd [rows]
     -> dx, dresidual [rows, cols], dweight, dbias [cols], empty where they are not wanted."""
-    dropout = dropout_of(dropout_p, seeds, offsets, seed, offset)
+    dropout = draw(dropout_p, seeds, offsets, seed, offset)
     wanted = (want_dx, want_dresidual, want_dweight, want_dbias)
     inputs = (dy, dsum, total, weight, bias, None, rstd)
     return tuple(differentiate(*inputs, weight_offset, dropout, wanted))
