@@ -13,24 +13,32 @@ struct Dropout {
   int64_t seed_stride, offset_stride, seed, offset;
 };
 
-// Drop out of the elements of a row at columns from col on, a multiple of four.
+// Drop out of the elements of a row at columns from col on, a multiple of four, or of a single one.
 template <int kWidth>
 __device__ void drop(float (&v)[kWidth], const Dropout& dropout, int64_t row, int64_t col) {
-  static_assert(kWidth % kPhiloxGroup == 0);
+  static_assert(kWidth == 1 || kWidth % kPhiloxGroup == 0);
   if (dropout.threshold == 0) return;
   const auto seed = static_cast<uint64_t>(dropout.seeds ? dropout.seeds[row * dropout.seed_stride]
                                                         : dropout.seed);
   const auto offset = static_cast<uint64_t>(
       dropout.offsets ? dropout.offsets[row * dropout.offset_stride] : dropout.offset);
   const auto counter_row = static_cast<uint32_t>(dropout.seed_stride ? 0 : row);
+  const auto threshold = static_cast<uint64_t>(dropout.threshold);
   const auto group = static_cast<uint32_t>(col / kPhiloxGroup);
+  if constexpr (kWidth == 1) {
+    const PhiloxWords words = philox(seed, offset, counter_row, group);
+    const auto place = static_cast<int>(col % kPhiloxGroup);
+    const uint32_t low = place == 0 ? words.at[0] : words.at[1];
+    const uint32_t high = place == 2 ? words.at[2] : words.at[3];
+    v[0] = keep(place < 2 ? low : high, threshold) ? v[0] * dropout.scale : 0.f;
+  } else {
 #pragma unroll
-  for (int i = 0; i < kWidth; i += kPhiloxGroup) {
-    const PhiloxWords words = philox(seed, offset, counter_row, group + i / kPhiloxGroup);
+    for (int i = 0; i < kWidth; i += kPhiloxGroup) {
+      const PhiloxWords words = philox(seed, offset, counter_row, group + i / kPhiloxGroup);
 #pragma unroll
-    for (int j = 0; j < kPhiloxGroup; ++j) {
-      const bool kept = keep(words.at[j], static_cast<uint64_t>(dropout.threshold));
-      v[i + j] = kept ? v[i + j] * dropout.scale : 0.f;
+      for (int j = 0; j < kPhiloxGroup; ++j) {
+        v[i + j] = keep(words.at[j], threshold) ? v[i + j] * dropout.scale : 0.f;
+      }
     }
   }
 }

@@ -4,6 +4,7 @@
 // Backward holds no tensor of the size of dy. Rows are walked by id, in chunks: a run of one id
 // within a chunk goes to the gradient at once, and what a run leaves of other chunks is joined
 // after, in order.
+#include "cuda/dropout.cuh"
 #include "cuda/growing_sums.cuh"
 #include "cuda/lookup.cuh"
 #include "cuda/reduce.cuh"
@@ -16,7 +17,7 @@ constexpr int64_t kWalkWarps = 8;  // of a block that walks rows
 template <int kWidth, typename T, typename W>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
     forward_kernel(T* y, float* mean, float* rstd, Tables<T> tables, const W* weight, const W* bias,
-                   Draw draw, int64_t rows, int64_t cols, float eps) {
+                   Dropout dropout, int64_t rows, int64_t cols, float eps) {
   for (int64_t row = first_row(); row < rows; row += row_step()) {
     const Place<T> place = find(tables, row);
     float m = 0.f, r = 1.f;
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
       }
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) v[i] = place.there ? v[i] : NAN;
-      drop(v, draw, row, col);
+      drop(v, dropout, row, col);
       store(y + row * cols + col, v);
     });
   }
@@ -67,7 +68,7 @@ template <int kWidth, typename T, typename W>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
     norm_backward_kernel(float* g_mean, float* dot_mean, float* dweight_parts, float* dbias_parts,
                          const T* dy, Tables<T> tables, const W* weight, const float* mean,
-                         const float* rstd, Draw draw, int64_t rows, int64_t cols,
+                         const float* rstd, Dropout dropout, int64_t rows, int64_t cols,
                          int64_t dy_stride, int64_t parts, bool in_shared) {
   const int64_t part = first_row();
   if (part >= parts) return;
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
       for_columns<kWidth>(cols, [&](int64_t col) {
         float d[kWidth], v[kWidth], w[kWidth];
         load(d, dy + row * dy_stride + col);
-        drop(d, draw, row, col);
+        drop(d, dropout, row, col);
         gather(v, place, col);
         load(w, weight + col);
 #pragma unroll
@@ -139,13 +140,13 @@ struct Norm {
 // xhat)).
 template <int kWidth, typename T, typename W>
 __device__ void add_row(float (&total)[kWidth], const float (&w)[kWidth], const T* dy_row,
-                        const Tables<T>& tables, const Norm<W>& norm, const Draw& draw, int64_t row,
-                        int64_t col) {
+                        const Tables<T>& tables, const Norm<W>& norm, const Dropout& dropout,
+                        int64_t row, int64_t col) {
   const Place<T> place = find(tables, row);
   if (!place.there) return;
   float d[kWidth];
   load(d, dy_row + col);
-  drop(d, draw, row, col);
+  drop(d, dropout, row, col);
   if (norm.weight) {
     float x[kWidth];
     gather(x, place, col);
@@ -163,7 +164,7 @@ __device__ void add_row(float (&total)[kWidth], const float (&w)[kWidth], const 
 template <int kWidth, typename T, typename W>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
     table_backward_kernel(T* dtable, float* parts, const T* dy, Runs runs, Tables<T> tables,
-                          Norm<W> norm, Draw draw, int64_t cols, int64_t dy_stride,
+                          Norm<W> norm, Dropout dropout, int64_t cols, int64_t dy_stride,
                           int64_t across) {
   const int64_t chunk = blockIdx.x / across;
   const int64_t col = (blockIdx.x % across * blockDim.x + threadIdx.x) * kWidth;
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   for (int64_t k = first; k < last; ++k) {
     const int64_t row = lap * runs.period + (runs.order ? runs.order[turn] : turn);
     const bool counts = runs.counts(key);
-    if (counts) add_row(total, w, dy + row * dy_stride, tables, norm, draw, row, col);
+    if (counts) add_row(total, w, dy + row * dy_stride, tables, norm, dropout, row, col);
 
     if (++lap == runs.repeats) {
       lap = 0;
@@ -247,14 +248,15 @@ cudaError_t embed_forward(void* y, float* mean, float* rstd, const int64_t* toke
         table_of<T>(token_ids, token_table, tokens, token_stride, token_period),
         table_of<T>(position_ids, position_table, positions, position_stride, position_period),
         table_of<T>(segment_ids, segment_table, segments, segment_stride, segment_period)};
-    const Draw draw{threshold, scale, seeds, offsets, seed_stride, offset_stride, seed, offset};
+    const Dropout dropout{threshold,   scale,         seeds, offsets,
+                          seed_stride, offset_stride, seed,  offset};
     const bool wide = can_vectorise<kVector<T>>(
         addresses(y, token_table, position_table, segment_table, weight, bias), cols, token_stride,
         position_stride, segment_stride);
     const auto kernel = wide ? forward_kernel<kVector<T>, T, W> : forward_kernel<1, T, W>;
     const dim3 threads = threads_for(cols, wide ? kVector<T> : 1);
     return launch(kernel, blocks_for(rows, threads), threads, 0, stream, static_cast<T*>(y), mean,
-                  rstd, tables, static_cast<const W*>(weight), static_cast<const W*>(bias), draw,
+                  rstd, tables, static_cast<const W*>(weight), static_cast<const W*>(bias), dropout,
                   rows, cols, eps);
   });
 }
@@ -277,7 +279,8 @@ cudaError_t embed_norm_backward(
         table_of<T>(token_ids, token_table, tokens, token_stride, token_period),
         table_of<T>(position_ids, position_table, positions, position_stride, position_period),
         table_of<T>(segment_ids, segment_table, segments, segment_stride, segment_period)};
-    const Draw draw{threshold, scale, seeds, offsets, seed_stride, offset_stride, seed, offset};
+    const Dropout dropout{threshold,   scale,         seeds, offsets,
+                          seed_stride, offset_stride, seed,  offset};
     const bool wide =
         can_vectorise<kVector<T>>(addresses(dweight_parts, dbias_parts, dy, token_table,
                                             position_table, segment_table, weight),
@@ -287,7 +290,7 @@ cudaError_t embed_norm_backward(
     const cudaError_t status = launch_parts(
         kernel, dweight_parts ? 2 : 0, parts, cols, threads_for(cols, wide ? kVector<T> : 1),
         stream, g_mean, dot_mean, dweight_parts, dbias_parts, static_cast<const T*>(dy), tables,
-        static_cast<const W*>(weight), mean, rstd, draw, rows, cols, dy_stride, parts);
+        static_cast<const W*>(weight), mean, rstd, dropout, rows, cols, dy_stride, parts);
     if (status != cudaSuccess) return status;
     return column_sums(static_cast<W*>(dweight), static_cast<W*>(dbias),
                        dweight ? dweight_parts : nullptr, dbias ? dbias_parts : nullptr, parts,
@@ -315,7 +318,8 @@ cudaError_t embed_table_backward(
         table_of<T>(token_ids, token_table, tokens, token_stride, token_period),
         table_of<T>(position_ids, position_table, positions, position_stride, position_period),
         table_of<T>(segment_ids, segment_table, segments, segment_stride, segment_period)};
-    const Draw draw{threshold, scale, seeds, offsets, seed_stride, offset_stride, seed, offset};
+    const Dropout dropout{threshold,   scale,         seeds, offsets,
+                          seed_stride, offset_stride, seed,  offset};
     const Norm<W> norm{static_cast<const W*>(weight), mean, rstd, g_mean, dot_mean};
     const Runs runs{keys,       order,  rows,       period, rows / period,
                     chunk_rows, chunks, table_rows, padding};
@@ -330,8 +334,8 @@ cudaError_t embed_table_backward(
     int64_t across = (cols + threads * width - 1) / (threads * width);
     const cudaError_t status =
         launch(kernel, chunks * across, dim3(static_cast<unsigned>(threads)), 0, stream,
-               static_cast<T*>(dtable), parts, static_cast<const T*>(dy), runs, tables, norm, draw,
-               cols, dy_stride, across);
+               static_cast<T*>(dtable), parts, static_cast<const T*>(dy), runs, tables, norm,
+               dropout, cols, dy_stride, across);
     if (status != cudaSuccess) return status;
     across = (cols + kWarpSize - 1) / kWarpSize;
     return launch(join_kernel<T>, chunks * across, dim3(kWarpSize, kColumnThreads), 0, stream,

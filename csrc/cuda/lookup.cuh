@@ -1,8 +1,7 @@
-// Rows of up to three tables that ids name, added, and what dropout leaves of their sum.
+// Rows of up to three tables that ids name, added.
 #pragma once
 
 #include "cuda/launch.cuh"
-#include "cuda/philox.cuh"
 #include "cuda/vector.cuh"
 
 namespace tilewise {
@@ -17,13 +16,6 @@ struct Table {
 template <typename T>
 struct Tables {
   Table<T> token, position, segment;
-};
-
-struct Draw {
-  int64_t threshold;  // 0 drops none, 2^32 all
-  float scale;        // of what is kept
-  const int64_t *seeds, *offsets;
-  int64_t seed_stride, offset_stride, seed, offset;
 };
 
 // The rows that make up one row of the result; where one is missing there is not any.
@@ -66,35 +58,6 @@ __device__ void gather(float (&v)[kWidth], const Place<T>& place, int64_t col) {
     load(more, row + col);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) v[i] += more[i];
-  }
-}
-
-template <int kWidth>
-__device__ void drop(float (&v)[kWidth], const Draw& draw, int64_t row, int64_t col) {
-  if (draw.scale == 1.f && draw.threshold == 0) return;
-  const int64_t seed = draw.seeds ? draw.seeds[row * draw.seed_stride] : draw.seed;
-  const int64_t offset = draw.offsets ? draw.offsets[row * draw.offset_stride] : draw.offset;
-  const auto counter_row = static_cast<uint32_t>(draw.seed_stride ? 0 : row);
-  const auto threshold = static_cast<uint64_t>(draw.threshold);
-  const auto group = static_cast<uint32_t>(col / kPhiloxGroup);
-  const auto words_of = [&](uint32_t g) {
-    return philox(static_cast<uint64_t>(seed), static_cast<uint64_t>(offset), counter_row, g);
-  };
-  if constexpr (kWidth == 1) {
-    const PhiloxWords words = words_of(group);
-    const auto place = static_cast<int>(col % kPhiloxGroup);
-    const uint32_t low = place == 0 ? words.at[0] : words.at[1];
-    const uint32_t high = place == 2 ? words.at[2] : words.at[3];
-    v[0] = keep(place < 2 ? low : high, threshold) ? v[0] * draw.scale : 0.f;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWidth; i += kPhiloxGroup) {
-      const PhiloxWords words = words_of(group + i / kPhiloxGroup);
-#pragma unroll
-      for (int j = 0; j < kPhiloxGroup; ++j) {
-        v[i + j] = keep(words.at[j], threshold) ? v[i + j] * draw.scale : 0.f;
-      }
-    }
   }
 }
 

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from tilewise import _cuda
-from tilewise.kernels.cuda._shared import DTYPES, address, parts_for, stream
-
-WORDS = 1 << 32
+from tilewise.kernels.cuda._shared import DTYPES, address, draw, parts_for, stream
 
 # Of a run over all chunks 16 threads add up what it left, so the chunks may be that much shorter.
 JOINED_AT_ONCE = 16
@@ -31,14 +29,6 @@ def _where(tokens, table, position_ids, position_table, segment_ids, segment_tab
     ]
 
 
-def _draw(dropout_p, seeds, offsets, seed, offset):
-    """The threshold, the scale, and what draws the numbers."""
-    scale = 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
-    strides = (0 if t is None else t.ndim for t in (seeds, offsets))
-    numbers = (address(seeds), address(offsets), *strides, seed, offset)
-    return int(dropout_p * WORDS), scale, *numbers
-
-
 def embed_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """Tables and ids, weight, bias [cols], eps, dropout -> y [rows, cols], mean, rstd [rows or 0],
     fp32."""
@@ -50,7 +40,7 @@ def embed_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     rstd = torch.empty_like(mean)
     _cuda.embed_forward(
         address(y), address(mean), address(rstd), *_where(*tables), address(weight), address(bias),
-        *_draw(*dropout), rows, cols, eps,
+        *draw(*dropout), rows, cols, eps,
         DTYPES[table.dtype], DTYPES[(table if weight is None else weight).dtype], stream(table),
     )  # fmt: skip
     return y, mean, rstd
@@ -71,7 +61,7 @@ def embed_norm_backward(dy: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor,
     _cuda.embed_norm_backward(
         address(g_mean), address(dot_mean), address(dweight), address(dbias), *map(address, sums),
         address(dy), *_where(*tables), address(weight), address(mean), address(rstd),
-        *_draw(*dropout), rows, cols, dy.stride(0), parts,
+        *draw(*dropout), rows, cols, dy.stride(0), parts,
         DTYPES[dy.dtype], DTYPES[weight.dtype], stream(dy),
     )  # fmt: skip
     return g_mean, dot_mean, dweight, dbias
@@ -97,7 +87,7 @@ def embed_table_backward(
     _cuda.embed_table_backward(
         address(dtable), address(parts), address(dy), address(keys), address(order),
         period, len(dtable), padding, chunk_rows, chunks, *_where(*tables), *map(address, norm),
-        *_draw(*dropout), rows, cols, dy.stride(0),
+        *draw(*dropout), rows, cols, dy.stride(0),
         DTYPES[dy.dtype], DTYPES[(dy if norm[0] is None else norm[0]).dtype], stream(dy),
     )  # fmt: skip
     return dtable
