@@ -180,8 +180,7 @@ cudaError_t bias_gelu_backward(void* dx, void* dbias, float* dbias_parts, const 
       });
     });
     if (status != cudaSuccess || !dbias) return status;
-    return column_sums<B>(static_cast<B*>(dbias), nullptr, dbias_parts, nullptr, parts, cols,
-                          stream);
+    return column_sum(static_cast<B*>(dbias), dbias_parts, parts, cols, stream);
   });
 }
 

@@ -371,12 +371,10 @@ cudaError_t qk_norm_rotary_backward(
                     q_parts, k_parts);
     });
     if (status == cudaSuccess && dq_weight) {
-      status = column_sums<W>(static_cast<W*>(dq_weight), nullptr, q_weight_parts, nullptr, q_parts,
-                              dim, stream);
+      status = column_sum(static_cast<W*>(dq_weight), q_weight_parts, q_parts, dim, stream);
     }
     if (status == cudaSuccess && dk_weight) {
-      status = column_sums<W>(static_cast<W*>(dk_weight), nullptr, k_weight_parts, nullptr, k_parts,
-                              dim, stream);
+      status = column_sum(static_cast<W*>(dk_weight), k_weight_parts, k_parts, dim, stream);
     }
     return status;
   });

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1) forward_kernel(Forward<T, B> 
   const int64_t row = team.number() * blockDim.y + threadIdx.y;
   const bool there = row < softmax.rows;
   const Position position(there ? row : 0, softmax.hiding.heads, softmax.hiding.queries);
-  const Shown shown(softmax.hiding, position);
+  const Shown shown(softmax.hiding, position, softmax.cols);
   const T* x_row = softmax.x + row * softmax.x_stride;
   const B* bias_row = softmax.bias ? softmax.bias + position.start(softmax.bias_strides) : nullptr;
   T* y_row = softmax.y + row * softmax.cols;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1) backward_kernel(Backward<T> s
   const int64_t row = team.number() * blockDim.y + threadIdx.y;
   const bool there = row < softmax.rows;
   const Position position(there ? row : 0, softmax.hiding.heads, softmax.hiding.queries);
-  const Shown shown(softmax.hiding, position);
+  const Shown shown(softmax.hiding, position, softmax.cols);
   const T *dy_row = softmax.dy + row * softmax.dy_stride,
           *y_row = softmax.y + row * softmax.y_stride, *x_row = softmax.x + row * softmax.x_stride;
   T* dx_row = softmax.dx + row * softmax.cols;
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kDbiasThreads) dbias_kernel(Dbias<T> bias) {
     const int64_t batch = first_batch + i / query_copies / head_copies;
     const int64_t row = (batch * heads + head) * queries + query;
     if (col >= bias.seen[row]) continue;
-    const Shown shown(bias.hiding, Position(row, heads, queries));
+    const Shown shown(bias.hiding, Position(row, heads, queries), bias.cols);
     const uint32_t bits = shown.bits<kWidth>(col, bias.cols, kWidth > 1);
     const float total = bias.totals[row];
     float g[kWidth], p[kWidth];
@@ -242,7 +242,6 @@ cudaError_t scored_softmax_forward(void* y, const void* x, const void* bias, con
     using B = typename decltype(b)::type;
     const Hiding hiding{mask,
                         {mask_batch, mask_head, mask_query, mask_col},
-                        cols,
                         static_cast<int>(heads),
                         static_cast<int>(queries),
                         causal};
@@ -285,7 +284,6 @@ cudaError_t scored_softmax_backward(void* dx, float* totals, int* seen, const vo
     using T = typename decltype(t)::type;
     const Hiding hiding{mask,
                         {mask_batch, mask_head, mask_query, mask_col},
-                        cols,
                         static_cast<int>(heads),
                         static_cast<int>(queries),
                         causal};
@@ -336,7 +334,6 @@ cudaError_t scored_softmax_dbias(float* sums, const void* dy, const void* y, con
     bias.seen = seen;
     bias.hiding = {mask,
                    {mask_batch, mask_head, mask_query, mask_col},
-                   cols,
                    static_cast<int>(heads),
                    static_cast<int>(queries),
                    causal};

@@ -28,7 +28,6 @@ struct Position {
 struct Hiding {
   const uint8_t* mask;
   Strides strides;
-  int64_t cols;
   int heads, queries;
   bool causal;
 };
@@ -36,10 +35,10 @@ struct Hiding {
 // The same of one row.
 class Shown {
  public:
-  __device__ Shown(const Hiding& hiding, const Position& position)
+  __device__ Shown(const Hiding& hiding, const Position& position, int64_t cols)
       : mask_(hiding.mask ? hiding.mask + position.start(hiding.strides) : nullptr),
         along_(hiding.strides.col != 0),
-        seen_(hiding.causal ? position.query + 1 + hiding.cols - hiding.queries : hiding.cols) {}
+        seen_(hiding.causal ? position.query + 1 + cols - hiding.queries : cols) {}
 
   // How many columns are not in the future; below 1 if all are.
   __device__ int64_t seen() const { return seen_; }

@@ -46,11 +46,10 @@ inline void named_barrier_arrive(int id, int threads,
 
 namespace emulation {
 void load_box(void* to, const CUtensorMap& map, uint64_t* barrier, const int* at, int rank,
-              emulation::Place place);
-void store_box(const CUtensorMap& map, const void* from, const int* at, int rank,
-               emulation::Place place);
-void bulk_wait(int pending, bool read, emulation::Place place);
-void check_map(const CUtensorMap& map, int rank, emulation::Place place);
+              Place place);
+void store_box(const CUtensorMap& map, const void* from, const int* at, int rank, Place place);
+void bulk_wait(int pending, bool read, Place place);
+void check_map(const CUtensorMap& map, int rank, Place place);
 }  // namespace emulation
 
 void fence_async();
@@ -89,8 +88,8 @@ inline uint64_t evict_last() { return 2; }
 // --- Registers and clusters: hopper_block.cpp
 
 namespace emulation {
-void change_registers(int registers, bool claim, emulation::Place place);
-void* peer(void* pointer, uint32_t rank, emulation::Place place);
+void change_registers(int registers, bool claim, Place place);
+void* peer(void* pointer, uint32_t rank, Place place);
 }  // namespace emulation
 
 template <int kRegisters>

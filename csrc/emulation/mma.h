@@ -6,14 +6,12 @@
 namespace tilewise {
 
 namespace emulation {
-void copy_async(void* to, const void* from, int bytes, int valid, emulation::Place place);
-void copy_async_wait(int pending, emulation::Place place);
-void load_matrices(uint32_t* out, int count, bool transposed, const void* row,
-                   emulation::Place place);
+void copy_async(void* to, const void* from, int bytes, int valid, Place place);
+void copy_async_wait(int pending, Place place);
+void load_matrices(uint32_t* out, int count, bool transposed, const void* row, Place place);
 // 16 x 8 sums of products of 16-bit numbers, or of tf32.
 enum class MmaType { bf16, f16, tf32 };
-void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], MmaType type,
-         emulation::Place place);
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], MmaType type, Place place);
 }  // namespace emulation
 
 template <int kBytes>

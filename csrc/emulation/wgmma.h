@@ -15,10 +15,10 @@ struct Wgmma {
   bool a_mn_major, b_mn_major, bf16, accumulate;
 };
 
-void wgmma_issue(float* sums, const Wgmma& instruction, emulation::Place place);
-void wgmma_wait(int pending, emulation::Place place);
+void wgmma_issue(float* sums, const Wgmma& instruction, Place place);
+void wgmma_wait(int pending, Place place);
 // The program goes on to use these: they must not be on their way.
-void wgmma_check(const float* sums, emulation::Place place);
+void wgmma_check(const float* sums, Place place);
 
 }  // namespace emulation
 
