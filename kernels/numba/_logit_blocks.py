@@ -2,46 +2,13 @@
 
 import math
 
-from numba import types
-from numba.extending import overload
-
 from tilewise.kernels.numba._parallel import callee
-from tilewise.kernels.numba._simd import exp, exp_below, load, maximum, offset, real, store
+from tilewise.kernels.numba._simd import exp, exp_below, load, maximum, offset, real, store, tanh
 
 # A shift serves as long as the scores are at most this far above it.
 ROOM = 40.0
 
 LOWEST = -math.inf
-
-# (tanh(u) / u - 1) / u**2 as a polynomial in u**2, interpolated at Chebyshev's points on |u| < 0.65
-_NEAR = 0.65
-_TANH = (0.00221490274, -0.00827245673, 0.0217461871, -0.0539563494, 0.133332907, -0.333333331)
-
-
-def tanh(x):
-    """tanh(x) in vectors for fp32, by libm for fp64."""
-
-
-@overload(tanh, inline="always")
-def _tanh(x):
-    if x == types.float64:
-        return lambda x: math.tanh(x)
-
-    def fp32(x):
-        a, t = abs(x), x * x
-        p = real(x, _TANH[0])
-        p = p * t + real(x, _TANH[1])
-        p = p * t + real(x, _TANH[2])
-        p = p * t + real(x, _TANH[3])
-        p = p * t + real(x, _TANH[4])
-        p = p * t + real(x, _TANH[5])
-        near = x + x * t * p
-        e = exp(a * real(x, -2))
-        far = (real(x, 1) - e) / (real(x, 1) + e)
-        far = far if x > real(x, 0) else -far
-        return far if a > real(x, _NEAR) else near
-
-    return fp32
 
 
 @callee

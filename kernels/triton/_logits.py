@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tilewise.kernels.triton._activations import tanh
 from tilewise.kernels.triton._shared import launch_options, row_options
 
 MAX_BLOCK = 8192  # classes: a row of any width goes through registers in blocks of at most this
@@ -25,18 +26,7 @@ def _scores(x, scale, cap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
         x = x * scale
         slope = scale
     if CAPPED:
-        u = x / cap
-        # tanh(u) / u - 1 over u**2, interpolated on |u| < 0.65: beyond it no digit cancels
-        square = u * u
-        p = 0.00221490274 * square - 0.00827245673
-        p = p * square + 0.0217461871
-        p = p * square - 0.0539563494
-        p = p * square + 0.133332907
-        p = p * square - 0.333333331
-        power = tl.exp(-2.0 * tl.abs(u))
-        far = (1.0 - power) / (1.0 + power)
-        far = tl.where(u > 0, far, -far)
-        t = tl.where(tl.abs(u) > 0.65, far, u + u * square * p)
+        t = tanh(x / cap)
         x = cap * t
         slope = slope * (1.0 - t * t)
     return x, slope
