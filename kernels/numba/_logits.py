@@ -27,7 +27,6 @@ from tilewise.kernels.numba._parallel import Kernel, callee
 from tilewise.kernels.numba._shared import parts_for
 from tilewise.kernels.numba._simd import (
     address,
-    drain,
     exp,
     kind,
     load,
@@ -35,8 +34,8 @@ from tilewise.kernels.numba._simd import (
     pointer,
     real,
     store,
-    stream,
 )
+from tilewise.kernels.numba._stream import finish_writes, stream
 
 BLOCK = np.int64(2048)  # classes
 
@@ -202,7 +201,7 @@ def _gradients(
             weighted, plain, streaming,
             real(kind, smoothing), real(kind, z), real(kind, scale), real(kind, cap),
         )  # fmt: skip
-    drain()
+    finish_writes()
 
 
 @Kernel

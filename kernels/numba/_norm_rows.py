@@ -3,7 +3,7 @@
 from numba import types
 from numba.extending import intrinsic
 
-from tilewise.kernels.numba._simd import _wide
+from tilewise.kernels.numba._simd import arithmetic_of
 from tilewise.kernels.numba._stream import (
     emit_loop,
     emit_read,
@@ -24,7 +24,7 @@ def _emit_kept(builder, factors, value, i, lanes, wide, factor_kind):
 @intrinsic
 def add_row(typing_context, total, x, residual, factors, count):
     """total = x * factors + residual."""
-    wide = _wide(total.dtype)
+    wide = arithmetic_of(total.dtype)
 
     def emit(context, builder, signature, args):
         total_at, x_at, residual_at, factors_at, count = args
@@ -49,7 +49,7 @@ def write_row(
     typing_context, y, x, weight, bias, mean, rstd, weight_offset, count, llama, past_caches
 ):
     """y = (x - mean) * rstd * (weight_offset + weight) + bias; `llama` rounds at each step."""
-    wide = _wide(y.dtype)
+    wide = arithmetic_of(y.dtype)
 
     def emit(context, builder, signature, args):
         y_at, x_at, weight_at, bias_at, *scalars, count, _, streamed = args
@@ -84,7 +84,7 @@ def write_gradient(
     weight_offset, count, past_caches,
 ):  # fmt: skip
     """dresidual = rstd * (g - g_mean - xhat * dot_mean) + dsum, and dx that times factors."""
-    wide = _wide(dy.dtype)
+    wide = arithmetic_of(dy.dtype)
 
     def emit(context, builder, signature, args):
         dx_at, dresidual_at, dy_at, dsum_at, x_at, weight_at, factors_at = args[:7]

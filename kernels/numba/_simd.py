@@ -54,7 +54,7 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _wide(kind_type):
+def arithmetic_of(kind_type):
     """The type the arithmetic on this kind is done in."""
     return types.float64 if kind_type == types.float64 else types.float32
 
@@ -129,7 +129,9 @@ def store(typing_context, p, i, value):
 @intrinsic
 def real(typing_context, kind, value):
     """`value` in the type the arithmetic on `kind` (a kind or a pointer) is done in."""
-    result = _wide(kind.dtype if isinstance(kind, types.CPointer) else types.unliteral(kind))
+    result = arithmetic_of(
+        kind.dtype if isinstance(kind, types.CPointer) else types.unliteral(kind)
+    )
     value = types.unliteral(value)
 
     def emit(context, builder, signature, args):
@@ -275,72 +277,3 @@ def _reciprocal_root(x):
     if x == types.float64:
         return lambda x: 1.0 / math.sqrt(x)
     return lambda x: np.float32(1.0 / math.sqrt(np.float64(x)))
-
-
-# --- Past the caches.
-
-_LINE = 64  # bytes
-
-
-@intrinsic
-def _stream_line(typing_context, to, source, line):
-    def emit(context, builder, signature, args):
-        to, source, line = args
-        vector = ir.VectorType(to.type.pointee, _LINE // context.get_abi_sizeof(to.type.pointee))
-        start = builder.mul(line, ir.Constant(line.type, vector.count))
-        value = builder.load(
-            builder.bitcast(builder.gep(source, [start]), vector.as_pointer()),
-            align=_LINE // vector.count,
-        )
-        place = builder.bitcast(builder.gep(to, [start]), vector.as_pointer())
-        stored = builder.store(value, place, align=_LINE)
-        one = ir.Constant(ir.IntType(32), 1)
-        stored.set_metadata("nontemporal", builder.module.add_metadata([one]))
-        return context.get_dummy_value()
-
-    return types.void(to, source, types.int64), emit
-
-
-@intrinsic
-def _per_line(typing_context, p):
-    def emit(context, builder, signature, args):
-        size = context.get_abi_sizeof(args[0].type.pointee)
-        return ir.Constant(ir.IntType(64), _LINE // size)
-
-    return types.int64(p), emit
-
-
-def stream(to, source, count):
-    """Copy, past the caches, to an address that is a multiple of 64; `drain` when all is done."""
-
-
-@overload(stream)
-def _stream(to, source, count):
-    if to != source:  # rounded on the way: not worth a pass of its own
-
-        def rounded(to, source, count):
-            for j in range(count):
-                store(to, j, load(source, j))
-
-        return rounded
-
-    def copied(to, source, count):
-        lines = count // _per_line(to)
-        for line in range(lines):
-            _stream_line(to, source, line)
-        done = lines * _per_line(to)
-        for j in range(count - done):
-            store(to, done + j, load(source, done + j))
-
-    return copied
-
-
-@intrinsic
-def drain(typing_context):
-    """Let other threads see what was streamed."""
-
-    def emit(context, builder, signature, args):
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), emit

@@ -9,12 +9,12 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from tilewise.kernels.numba._matmul import lanes_of, splat
 from tilewise.kernels.numba._parallel import INT32, INT64
-from tilewise.kernels.numba._simd import BRAIN, DOUBLE, FLOAT, HALF, _wide
+from tilewise.kernels.numba._simd import BRAIN, DOUBLE, FLOAT, HALF, arithmetic_of, load, store
 
 CHUNK = np.int64(1024)  # elements of scratch: two such, and two inputs as long, stay in L1
 LINE = 64  # bytes
@@ -98,7 +98,7 @@ def emit_loop(builder, count, wide, streamed, step):
 @intrinsic
 def scratch(typing_context, p):
     """A chunk of the floats that arithmetic on the kind of `p` is done in, this function's own."""
-    wide = _wide(p.dtype)
+    wide = arithmetic_of(p.dtype)
 
     def emit(context, builder, signature, args):
         size = ir.ArrayType(context.get_value_type(wide), int(CHUNK))
@@ -107,6 +107,58 @@ def scratch(typing_context, p):
         return builder.bitcast(slot, size.element.as_pointer())
 
     return types.CPointer(wide)(p), emit
+
+
+@intrinsic
+def _stream_line(typing_context, to, source, line):
+    def emit(context, builder, signature, args):
+        to, source, line = args
+        vector = ir.VectorType(to.type.pointee, LINE // context.get_abi_sizeof(to.type.pointee))
+        start = builder.mul(line, ir.Constant(line.type, vector.count))
+        value = builder.load(
+            builder.bitcast(builder.gep(source, [start]), vector.as_pointer()),
+            align=LINE // vector.count,
+        )
+        place = builder.bitcast(builder.gep(to, [start]), vector.as_pointer())
+        stored = builder.store(value, place, align=LINE)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([INT32(1)]))
+        return context.get_dummy_value()
+
+    return types.void(to, source, types.int64), emit
+
+
+@intrinsic
+def _per_line(typing_context, p):
+    def emit(context, builder, signature, args):
+        size = context.get_abi_sizeof(args[0].type.pointee)
+        return INT64(LINE // size)
+
+    return types.int64(p), emit
+
+
+def stream(to, source, count):
+    """Copy, past the caches, to a multiple of 64; after the last, `finish_writes`."""
+
+
+@overload(stream)
+def _stream(to, source, count):
+    if to != source:  # rounded on the way: not worth a pass of its own
+
+        def rounded(to, source, count):
+            for j in range(count):
+                store(to, j, load(source, j))
+
+        return rounded
+
+    def copied(to, source, count):
+        lines = count // _per_line(to)
+        for line in range(lines):
+            _stream_line(to, source, line)
+        done = lines * _per_line(to)
+        for j in range(count - done):
+            store(to, done + j, load(source, done + j))
+
+    return copied
 
 
 @intrinsic
