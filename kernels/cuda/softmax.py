@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tilewise import _cuda
-from tilewise.kernels.cuda._shared import DTYPES, MIN_PARTS, address, stream
+from tilewise.kernels.cuda._shared import DTYPES, MIN_PARTS, address, broadcast_strides, stream
 
 COPIES = 8  # rows that a part of a bias's gradient is the sum of, at least
 
@@ -39,8 +39,8 @@ def scored_softmax_forward(
     y = x.new_empty(rows, cols)
     _cuda.scored_softmax_forward(
         address(y), address(x), address(bias), address(mask),
-        rows, cols, heads, queries, x.stride(0), *_strides(bias), *_strides(mask),
-        scale, softcap, causal, zero, log,
+        rows, cols, heads, queries, x.stride(0),
+        *broadcast_strides(bias), *broadcast_strides(mask), scale, softcap, causal, zero, log,
         DTYPES[x.dtype], DTYPES[(x if bias is None else bias).dtype], stream(x),
     )  # fmt: skip
     return y
@@ -61,7 +61,7 @@ def scored_softmax_backward(
         address(dx), address(totals), address(seen),
         address(dy), address(y), address(x), address(mask),
         rows, cols, heads, queries, dy.stride(0), y.stride(0), 0 if x is None else x.stride(0),
-        *_strides(mask), scale, softcap, causal, zero, log, DTYPES[y.dtype], stream(y),
+        *broadcast_strides(mask), scale, softcap, causal, zero, log, DTYPES[y.dtype], stream(y),
     )  # fmt: skip
     if not want_dbias:
         return dx, y.new_empty(0)
@@ -74,15 +74,7 @@ def scored_softmax_backward(
     _cuda.scored_softmax_dbias(
         address(sums), address(dy), address(y), address(totals), address(seen), address(mask),
         lines, cols, heads, queries, bias.shape[1], bias.shape[2], copies, parts,
-        dy.stride(0), y.stride(0), *_strides(mask), causal, log, DTYPES[y.dtype], stream(y),
+        dy.stride(0), y.stride(0), *broadcast_strides(mask), causal, log,
+        DTYPES[y.dtype], stream(y),
     )  # fmt: skip
     return dx, sums.sum(1).view(bias.shape).to(bias.dtype)
-
-
-def _strides(t: Tensor | None) -> tuple[int, ...]:
-    """Of [batch, heads, queries, cols], 0 along what is broadcast."""
-    if t is None:
-        return 0, 0, 0, 0
-    return tuple(
-        0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)
-    )

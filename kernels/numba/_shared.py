@@ -34,3 +34,12 @@ def thread_scratch(x: Tensor, elements: int) -> tuple[Tensor, Tensor, int]:
     slots = torch.get_num_threads()
     counter = torch.zeros(1, dtype=torch.int64)
     return counter, x.new_empty(slots * elements), elements
+
+
+def broadcast_strides(t: Tensor | None) -> tuple[int, ...]:
+    """Of a [batch, heads, queries, cols], 0 along what is broadcast, which is all of None."""
+    if t is None:
+        return 0, 0, 0, 0
+    return tuple(
+        0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)
+    )

@@ -8,6 +8,7 @@ from torch import Tensor
 from tilewise.kernels.numba._matmul import HEIGHT, LANES, lanes, once
 from tilewise.kernels.numba._online_softmax import hide_later
 from tilewise.kernels.numba._parallel import callee
+from tilewise.kernels.numba._shared import broadcast_strides
 from tilewise.kernels.numba._simd import address, load, offset, pointer, real, store
 
 ROUND = max(LANES, int(HEIGHT))  # to which sizes are padded in scratch
@@ -108,9 +109,5 @@ def hide(
 
 def mask_options(mask: Tensor | None) -> tuple[int, tuple[int, ...], int]:
     """Its address, its strides with 0 along broadcast dims, and whether it only hides padding."""
-    if mask is None:
-        return 0, (0, 0, 0, 0), 0
-    strides = (
-        0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)
-    )
-    return address(mask), tuple(strides), int(mask.shape[2] == 1)
+    padding = mask is not None and mask.shape[2] == 1
+    return address(mask), broadcast_strides(mask), int(padding)

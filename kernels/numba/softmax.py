@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tilewise.kernels.numba._parallel import Kernel, callee
-from tilewise.kernels.numba._shared import PARTS, partial_sums, parts_for
+from tilewise.kernels.numba._shared import PARTS, broadcast_strides, partial_sums, parts_for
 from tilewise.kernels.numba._simd import (
     address,
     exp,
@@ -330,8 +330,8 @@ def scored_softmax_forward(
     _scored_forward(
         parts, x.numel(), address(y), address(scratch), address(x), address(bias), address(mask),
         kind(x), kind(scratch), kind(x if bias is None else bias),
-        rows, cols, x.stride(0), _strides(bias), _strides(mask), heads, queries, parts,
-        scale, softcap, causal, zero, log,
+        rows, cols, x.stride(0), broadcast_strides(bias), broadcast_strides(mask),
+        heads, queries, parts, scale, softcap, causal, zero, log,
     )  # fmt: skip
     return y
 
@@ -351,7 +351,7 @@ def scored_softmax_backward(
     _scored_backward(
         parts, 2 * y.numel(), address(dx), address(scratch), address(dy), address(y),
         address(x), address(mask), kind(y), kind(scratch),
-        rows, cols, dy.stride(0), 0 if x is None else x.stride(0), _strides(mask),
+        rows, cols, dy.stride(0), 0 if x is None else x.stride(0), broadcast_strides(mask),
         heads, queries, parts, scale, softcap, causal, zero, log,
     )  # fmt: skip
     if not want_dbias:
@@ -366,17 +366,8 @@ def scored_softmax_backward(
     _bias_backward(
         lines * parts, 2 * y.numel(), address(sums), address(scratch), address(dy), address(y),
         address(mask), kind(y), kind(scratch),
-        cols, dy.stride(0), sums.shape[1], _strides(mask), heads, queries,
+        cols, dy.stride(0), sums.shape[1], broadcast_strides(mask), heads, queries,
         tuple(bias.shape[:-1]), copies, parts, causal, zero, log,
     )  # fmt: skip
     dbias = sums.view(lines, parts, -1).sum(1)[:, :cols]
     return dx, dbias.to(bias.dtype).contiguous().view(bias.shape)
-
-
-def _strides(t: Tensor | None) -> tuple[int, ...]:
-    """Of [batch, heads, queries, cols], 0 along what is broadcast."""
-    if t is None:
-        return 0, 0, 0, 0
-    return tuple(
-        0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)
-    )

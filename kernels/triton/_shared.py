@@ -46,3 +46,12 @@ def same_layout(x: Tensor, cols: int) -> Tensor:
     order = sorted(range(x.ndim - 1), key=x.stride, reverse=True)
     size = (*x.shape[:-1], cols)
     return torch.empty_permuted(size, (*order, x.ndim - 1), dtype=x.dtype, device=x.device)
+
+
+def broadcast_strides(t: Tensor | None) -> tuple[int, ...]:
+    """Of a [batch, heads, queries, cols], 0 along what is broadcast, which is all of None."""
+    if t is None:
+        return 0, 0, 0, 0
+    return tuple(
+        0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)
+    )

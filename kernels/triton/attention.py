@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tilewise.kernels.triton._shared import launch_options, same_layout
+from tilewise.kernels.triton._shared import broadcast_strides, launch_options, same_layout
 
 LOG2_E = math.log2(math.e)
 
@@ -312,10 +312,9 @@ def _scaling(scale: float) -> tuple[float, float]:
 
 def _mask_options(mask: Tensor | None, otherwise: Tensor) -> tuple[Tensor, tuple[int, ...], str]:
     """It, its strides with 0 along broadcast dims, and which kind of mask it is."""
+    strides = broadcast_strides(mask)
     if mask is None:
-        return otherwise, (0, 0, 0, 0), "none"
-    sizes = zip(mask.shape, mask.stride(), strict=True)
-    strides = tuple(0 if size == 1 else stride for size, stride in sizes)
+        return otherwise, strides, "none"
     return mask.view(torch.uint8), strides, "padding" if mask.shape[2] == 1 else "full"
 
 

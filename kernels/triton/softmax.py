@@ -12,6 +12,7 @@ from tilewise.kernels.triton._shared import (
     MAX_PARTS,
     WIDE_ROW,
     WIDEST_BLOCK,
+    broadcast_strides,
     launch_options,
     row_options,
 )
@@ -266,7 +267,7 @@ def scored_softmax_forward(
     flags, mask_strides = _flags(mask, x)
     kernel[(triton.cdiv(rows, options["ROWS"]),)](
         y, x, x if bias is None else bias, flags,
-        rows, cols, x.stride(0), heads, queries, *_strides(bias), *mask_strides,
+        rows, cols, x.stride(0), heads, queries, *broadcast_strides(bias), *mask_strides,
         scale, softcap, SOFTCAP=softcap > 0, BIAS=bias is not None,
         MASK=mask is not None, CAUSAL=causal, ZERO=zero, LOG=log, **options,
     )  # fmt: skip
@@ -315,15 +316,6 @@ def scored_softmax_backward(
     return dx, sums.view(lines, parts, cols).sum(1).view(bias.shape).to(bias.dtype)
 
 
-def _strides(t: Tensor | None) -> tuple[int, ...]:
-    """Of [batch, heads, queries, cols], 0 along what is broadcast."""
-    if t is None:
-        return 0, 0, 0, 0
-    return tuple(
-        0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)
-    )
-
-
 def _flags(mask: Tensor | None, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The mask as bytes, which a load can take, and its strides."""
-    return (x if mask is None else mask.view(torch.uint8)), _strides(mask)
+    return (x if mask is None else mask.view(torch.uint8)), broadcast_strides(mask)
