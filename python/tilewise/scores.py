@@ -1,7 +1,28 @@
 """Scores, as a softmax takes them: with a bias, a mask, a cap, and none from the future."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+
+def _check_spread(op: str, name: str, t: Tensor, shape: Sequence[int], like: Tensor) -> None:
+    pairs = zip(t.shape[::-1], shape[::-1], strict=False)
+    if t.ndim > len(shape) or any(size not in (1, whole) for size, whole in pairs):
+        raise ValueError(
+            f"{op}: {name} must be broadcastable to {list(shape)}, got {list(t.shape)}"
+        )
+    if t.device != like.device:
+        raise RuntimeError(f"{op}: {name} must be on {like.device}, got {t.device}")
+
+
+def check_mask(op: str, mask: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
+    """Refuse what is no mask of scores of this shape, which lie where `like` does."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{op}: mask must be torch.bool, got {mask.dtype}")
+    _check_spread(op, "mask", mask, shape, like)
 
 
 def check_scores(
@@ -14,20 +35,11 @@ def check_scores(
     fully_masked: str,
 ) -> None:
     """Refuse what is wrong with what becomes of the scores `x` of the op named `op`."""
-    if bias is not None and bias.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"{op}: bias must be {x.dtype} or torch.float32, got {bias.dtype}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"{op}: mask must be torch.bool, got {mask.dtype}")
-    for name, t in (("bias", bias), ("mask", mask)):
-        if t is None:
-            continue
-        pairs = zip(t.shape[::-1], x.shape[::-1], strict=False)
-        if t.ndim > x.ndim or any(size not in (1, whole) for size, whole in pairs):
-            raise ValueError(
-                f"{op}: {name} must be broadcastable to {list(x.shape)}, got {list(t.shape)}"
-            )
-        if t.device != x.device:
-            raise RuntimeError(f"{op}: {name} must be on {x.device}, got {t.device}")
+    if bias is not None:
+        if bias.dtype not in (x.dtype, torch.float32):
+            raise TypeError(f"{op}: bias must be {x.dtype} or torch.float32, got {bias.dtype}")
+        _check_spread(op, "bias", bias, x.shape, x)
+    check_mask(op, mask, x.shape, x)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{op}: softcap must be positive, got {softcap}")
     if causal and x.ndim < 2:

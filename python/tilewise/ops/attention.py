@@ -21,6 +21,7 @@ from tilewise.op import (
     transforming,
     wide_dtype,
 )
+from tilewise.scores import check_mask
 
 
 def attention(
@@ -179,19 +180,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         raise ValueError(
             f"attention: heads of q must be a multiple of those of k, got {heads} and {kv_heads}"
         )
-    for name, tensor in (("k", k), ("v", v), ("mask", mask)):
-        if tensor is not None and tensor.device != q.device:
-            raise RuntimeError(f"attention: {name} must be on {q.device}, got {tensor.device}")
-    if mask is None:
-        return
-    if mask.dtype != torch.bool:
-        raise TypeError(f"attention: mask must be torch.bool, got {mask.dtype}")
-    full = (*q.shape[:3], k.shape[2])
-    pairs = zip(mask.shape[::-1], full[::-1], strict=False)
-    if mask.ndim > 4 or any(size not in (1, whole) for size, whole in pairs):
-        raise ValueError(
-            f"attention: mask must be broadcastable to {list(full)}, got {list(mask.shape)}"
-        )
+    for name, t in (("k", k), ("v", v)):
+        if t.device != q.device:
+            raise RuntimeError(f"attention: {name} must be on {q.device}, got {t.device}")
+    check_mask("attention", mask, (*q.shape[:3], k.shape[2]), q)
 
 
 def _too_wide(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | None:
