@@ -94,6 +94,11 @@ class Op:
     native: Callable[..., Any] | None = None
     constants: frozenset[int] = frozenset()
 
+    @property
+    def leading(self) -> int:
+        """Which tensor has the device and the dtype, for all its backends."""
+        return next(iter(self.backends.values())).leading
+
 
 OPS: dict[str, Op] = {}
 
