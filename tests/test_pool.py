@@ -189,6 +189,21 @@ def test_a_second_process_compiles_nothing(tmp_path):
     assert second[1] == "0"
 
 
+def test_what_is_kept_gives_the_bits_of_what_was_compiled(tmp_path):
+    script = """
+import hashlib
+generator = torch.Generator().manual_seed(0)
+x, residual, dy = torch.randn(3, 64, 1024, generator=generator).unbind()
+weight, bias = torch.rand(2, 1024, generator=generator).unbind()
+inputs = [t.requires_grad_() for t in (x, residual, weight, bias)]
+y, total = tilewise.add_layer_norm(*inputs, backend="numba")
+for t in (y, total, *torch.autograd.grad(y, inputs, dy)):
+    print(hashlib.sha256(t.detach().numpy().tobytes()).hexdigest())
+"""
+    first, second = (run(script, TILEWISE_CACHE=str(tmp_path)) for _ in range(2))
+    assert first == second and len(first.split()) == 6
+
+
 def test_nowhere_to_write_the_cache(tmp_path):
     """A file where the folder would be: not even root can write there."""
     (tmp_path / "file").touch()
