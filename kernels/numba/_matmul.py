@@ -102,7 +102,6 @@ def once(typing_context):
     """Compile the function that calls this once, not again in every caller: LLVM inlines it not."""
 
     def emit(context, builder, signature, args):
-        builder.function.attributes.discard("alwaysinline")
         builder.function.attributes.add("noinline")
         return context.get_dummy_value()
 

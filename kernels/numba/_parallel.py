@@ -6,6 +6,7 @@ Numba's own pools are a second set of threads beside torch's, and the one that i
 """
 
 import ctypes
+import itertools
 import os
 from functools import cached_property, lru_cache
 from hashlib import sha256
@@ -18,8 +19,11 @@ import torch
 from filelock import FileLock
 from llvmlite import ir
 from numba import types
+from numba._dynfunc import make_function
 from numba.core import cgutils
 from numba.core.caching import FunctionCache
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 from numba.extending import intrinsic
 
 # Everything but nnan and ninf: rows with inf or NaN must come out as the formula says.
@@ -59,16 +63,46 @@ class _Cache(FunctionCache):
 _FLAGS = {"fastmath": set(FAST), "error_model": "numpy", "nogil": True}
 
 
-def callee(function):
-    """`compiled` for what only other compiled functions call: no wrapper for Python, not kept, as
-    it lives on in its callers. Takes half the time.
+class _Part(JITCodeLibrary):
+    """Code that is only linked into other code: optimised there, and no machine code by itself.
 
-    Every call is inlined: one left over would be bound to code of its own, that is only in the
-    process which compiled it, and may round otherwise than what is kept.
+    With machine code of its own it takes twice as long to compile. And a call of it that is not
+    inlined is then bound to that, in the process that compiles, while what is kept for others is
+    bound to another version, which may round otherwise.
     """
+
+    def _optimize_final_module(self):
+        pass
+
+    def _finalize_final_module(self):
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+
+class _PartCompiler(Compiler):
+    def __init__(self, typing_context, target_context, library, *rest):
+        library = _Part(target_context.codegen(), f"part{next(_NUMBERS)}")
+        library.enable_object_caching()
+        context = target_context.subtarget(get_executable=_nothing_to_execute)
+        super().__init__(typing_context, context, library, *rest)
+
+
+def _nothing_to_execute(library, description, environment):
+    """What Numba knows a function by, with no address."""
+    library._ensure_finalized()
+    module, name = description.lookup_module(), description.qualname.rpartition(".")[2]
+    return make_function(module, name, "", 0, environment, (library,))
+
+
+_NUMBERS = itertools.count()
+
+
+def callee(function):
+    """`compiled` for what only other compiled functions call: it lives on in its callers."""
     return numba.njit(
-        function, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True, **_FLAGS
-    )
+        function, no_cpython_wrapper=True, no_cfunc_wrapper=True, pipeline_class=_PartCompiler,
+        **_FLAGS,
+    )  # fmt: skip
 
 
 def compiled(function):
