@@ -268,3 +268,18 @@ def test_loss_curve_is_that_of_the_reference(build, sequences, ops):
     runs.insert(0, run(model))
     assert {op: called[f"{op}_forward"] for op in ops} == ops
     assert_right({name: [group[name] for group in runs] for name in runs[0]})
+
+
+@pytest.mark.parametrize("build, sequences, ops", MODELS.values(), ids=MODELS)
+def test_every_dropout_of_ours_is_that_of_training(build, sequences, ops):
+    model = build(dropout=0.5)
+    for expected, mode in ((0.5, model.train), (0.0, model.eval)):
+        mode()
+        seen = ops_called(lambda: model.loss(*loss_arguments(model, sequences)))
+        given = [
+            dict(zip((a.name for a in function._schema.arguments), arguments, strict=True))
+            for function, arguments in seen
+        ]
+        rates = [each["dropout_p"] for each in given if "dropout_p" in each]
+        dropping = sum(count for op, count in ops.items() if op == "embed" or "add_" in op)
+        assert rates == [expected] * dropping
