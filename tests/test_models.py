@@ -1,10 +1,12 @@
-"""The reference transformers against their naive twins, with and without a cache."""
+"""The reference transformers against their naive twins, and against the references of the ops."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from cases import DEVICE
+from test_ops import ops_called
 from torch.nn.functional import cross_entropy
 from twins import NAMES, NaiveBert, NaiveDecoder, NaiveTransformer, weights_of
 from yardsticks import assert_right, by_matrix, nudged_copy
@@ -112,10 +114,8 @@ def test_decoder_is_its_twin(options):
 @pytest.mark.parametrize("head", ["words", "sorts"])
 def test_encoder_is_its_twin(head, padded, segmented):
     torch.manual_seed(0)
-    config = EncoderConfig(VOCAB, context=24, dim=32, layers=2, heads=4, dropout=0.0)
-    encoder = Encoder(config)
-    model = MaskedLanguageModel(encoder) if head == "words" else Classifier(encoder, 5)
-    naive = NaiveBert(config, 5)
+    model = MaskedLanguageModel(encoder()) if head == "words" else Classifier(encoder(), 5)
+    naive = NaiveBert(model.encoder.config, 5)
     for unused in ("pooler", "classes") if head == "words" else ("before_words", "words_norm"):
         delattr(naive, unused)
     if head == "sorts":
@@ -136,6 +136,11 @@ def test_encoder_is_its_twin(head, padded, segmented):
     hold(
         model, twin, lambda: (model(tokens, **options), model.loss(tokens, targets, **options)), run
     )
+
+
+def encoder(**options):
+    size = {"vocab_size": VOCAB, "context": 24, "dim": 32, "layers": 2, "heads": 4, "dropout": 0.0}
+    return Encoder(EncoderConfig(**size | options))
 
 
 TRANSFORMERS = {
@@ -200,3 +205,81 @@ def test_decoder_in_lower_precision(options, way):
     runs += [run(each, "reference") for each in plain]
     assert runs[0]["logits"].dtype == (torch.float16 if way == "half" else torch.bfloat16)
     assert_right({name: [group[name] for group in runs] for name in runs[0]})
+
+
+# How to build each model, how many sequences it reads, and how often it calls each of our ops.
+MODELS = {
+    "llama": (lambda **options: decoder(kv_heads=2, **options), 1, {
+        "embed": 1, "rms_norm": 1, "add_rms_norm": 4, "rotary": 2, "attention": 2, "glu": 2,
+        "linear_cross_entropy": 1,
+    }),
+    "gpt": (lambda **options: decoder(**GPT, **options), 1, {
+        "embed": 1, "layer_norm": 1, "add_layer_norm": 4, "attention": 2, "gelu": 2,
+        "linear_cross_entropy": 1,
+    }),
+    "bert": (lambda **options: MaskedLanguageModel(encoder(**options)), 1, {
+        "embed": 1, "layer_norm": 1, "add_layer_norm": 4, "attention": 2, "gelu": 3,
+        "linear_cross_entropy": 1,
+    }),
+    "classifier": (lambda **options: Classifier(encoder(**options), VOCAB), 1, {
+        "embed": 1, "add_layer_norm": 4, "attention": 2, "gelu": 2, "cross_entropy": 1,
+    }),
+    "2017": (encoder_decoder, 2, {
+        "embed": 2, "add_layer_norm": 10, "attention": 6, "linear_cross_entropy": 1,
+    }),
+}  # fmt: skip
+
+
+def loss_arguments(model, sequences, seed=0):
+    """Sequences to read, and targets."""
+    targets = tokens_of(seed + sequences, BATCH, 12)
+    targets = targets[:, 0] if isinstance(model, Classifier) else targets
+    return *[tokens_of(seed + i, BATCH, 12) for i in range(sequences)], targets
+
+
+@pytest.mark.parametrize("build, sequences, ops", MODELS.values(), ids=MODELS)
+def test_loss_curve_is_that_of_the_reference(build, sequences, ops):
+    """With dropout, whose masks are the same on every backend and in every dtype."""
+    torch.manual_seed(0)
+    model = build(dropout=0.2).train()
+    called = Counter()
+
+    def run(model, *names):
+        optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-2), []
+
+        def step(number):
+            losses.append(model.loss(*loss_arguments(model, sequences, 10 * number)))
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        torch.manual_seed(1)
+        with tilewise.backend(*names):
+            seen = ops_called(lambda: step(0))
+            for number in range(1, 4):
+                step(number)
+        called.update(str(function).split(".")[1] for function, _ in seen)
+        return {"losses": torch.stack(losses)}
+
+    copies = [copy.deepcopy(model).double(), copy.deepcopy(model)]
+    copies += [nudged_copy(model) for _ in range(4)]
+    runs = [run(each, "reference") for each in copies]
+    assert not called
+    runs.insert(0, run(model))
+    assert {op: called[f"{op}_forward"] for op in ops} == ops
+    assert_right({name: [group[name] for group in runs] for name in runs[0]})
+
+
+@pytest.mark.parametrize("build, sequences, ops", MODELS.values(), ids=MODELS)
+def test_every_dropout_of_ours_is_that_of_training(build, sequences, ops):
+    model = build(dropout=0.5)
+    for expected, mode in ((0.5, model.train), (0.0, model.eval)):
+        mode()
+        seen = ops_called(lambda: model.loss(*loss_arguments(model, sequences)))
+        given = [
+            dict(zip((a.name for a in function._schema.arguments), arguments, strict=True))
+            for function, arguments in seen
+        ]
+        rates = [each["dropout_p"] for each in given if "dropout_p" in each]
+        dropping = sum(count for op, count in ops.items() if op == "embed" or "add_" in op)
+        assert rates == [expected] * dropping

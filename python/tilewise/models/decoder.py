@@ -22,6 +22,7 @@ from tilewise.models.blocks import (
     make_add_norm,
     make_caches,
     make_norm,
+    positions_from,
 )
 from tilewise.models.refusals import (
     require_continuation,
@@ -32,6 +33,7 @@ from tilewise.models.refusals import (
     require_positive,
     require_same_shape,
 )
+from tilewise.ops.embed import embed
 from tilewise.ops.linear_cross_entropy import linear_cross_entropy
 
 POSITIONS = ("rotary", "learned")
@@ -109,7 +111,7 @@ class Decoder(nn.Module):
         x = x + feed_forward(norm(x))
         logits = head(norm(x))
 
-    Weights start as `initialise` says.
+    Weights start as `initialise` says. What reads a token outside the vocabulary is NaN.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -123,7 +125,6 @@ class Decoder(nn.Module):
             self.positions = nn.Embedding(config.context, config.dim)
         else:
             self.rotary = tilewise.nn.Rotary(head_dim, config.context, base=config.rotary_base)
-        self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(DecoderBlock(config, i == 0) for i in range(config.layers))
         norm = config.norm, config.dim, config.eps, config.bias
         self.norm = make_add_norm(*norm, config.dropout)
@@ -169,16 +170,19 @@ class Decoder(nn.Module):
         """What the head reads: `[batch, seq, dim]`. The arguments are those of `forward`."""
         first = cache[0] if cache else None
         require_continuation("decoder", tokens, self.config.context, first)
-        offset = first.length if first else 0
-        x: Tensor = self.embedding(tokens)
-        if self.positions is not None:
-            x = x + self.positions.weight[offset : offset + tokens.shape[1]]
-        x = self.dropout(x)
+        x = self._embed(tokens, first.length if first else 0)
         branch = None  # what is added, together with the norm that follows
         for i, block in enumerate(self.blocks):
             branch, x = block(branch, x, self.rotary, cache[i] if cache else None)
-        x, _ = self.norm(branch, x)
-        return x
+        y: Tensor = self.norm(branch, x)[0]
+        return y
+
+    def _embed(self, tokens: Tensor, start: int) -> Tensor:
+        dropout_p = self.config.dropout if self.training else 0.0
+        places: tuple[Tensor | None, ...] = ()
+        if self.positions is not None:
+            places = positions_from(start, tokens), self.positions.weight
+        return embed(tokens, self.embedding.weight, *places, dropout_p=dropout_p)
 
     def make_cache(self, batch: int, capacity: int | None = None) -> list[KVCache]:
         """Take the room for the keys and values of `batch` sequences.

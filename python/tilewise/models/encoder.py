@@ -22,6 +22,8 @@ from tilewise.models.refusals import (
     require_tokens,
 )
 from tilewise.ops.cross_entropy import cross_entropy
+from tilewise.ops.embed import embed
+from tilewise.ops.linear_cross_entropy import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Encoder(nn.Module):
         x = layer_norm(x + attention(x))          in each block
         x = layer_norm(x + feed_forward(x))
 
-    Weights start as `initialise` says.
+    Weights start as `initialise` says. What reads a token or a segment that is none is NaN.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -84,7 +86,6 @@ class Encoder(nn.Module):
         self.positions = nn.Embedding(config.context, dim)
         self.segments = nn.Embedding(config.segments, dim)
         self.embedding_norm = tilewise.nn.LayerNorm(dim, config.eps)
-        self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             EncoderBlock(dim, config.heads, hidden, "gelu", config.dropout, config.eps)
             for _ in range(config.layers)
@@ -110,13 +111,15 @@ class Encoder(nn.Module):
         """
         require_tokens("encoder", "tokens", tokens, self.config.context)
         require_mask("encoder", "mask", mask, tokens)
-        if segments is None:
-            segments = torch.zeros_like(tokens)
-        require_tokens("encoder", "segments", segments, self.config.context)
-        require_same_shape("encoder", "segments", segments, tokens)
-        positions = self.positions.weight[: tokens.shape[1]]
-        x: Tensor = self.embedding(tokens) + positions + self.segments(segments)
-        x = self.dropout(self.embedding_norm(x))
+        if segments is not None:
+            require_tokens("encoder", "segments", segments, self.config.context)
+            require_same_shape("encoder", "segments", segments, tokens)
+        norm = self.embedding_norm
+        x = embed(
+            tokens, self.embedding.weight, None, self.positions.weight, segments,
+            self.segments.weight, norm.weight, norm.bias, eps=norm.eps,
+            dropout_p=self.config.dropout if self.training else 0.0,
+        )  # fmt: skip
         for block in self.blocks:
             x = block(x, padding_mask(mask))
         return x
@@ -146,9 +149,16 @@ class MaskedLanguageModel(nn.Module):
 
         The arguments are those of `Encoder.forward`.
         """
-        x = self.encoder(tokens, segments=segments, mask=mask)
-        logits: Tensor = self.head(self.norm(self.activation(self.transform(x))))
+        logits: Tensor = self.head(self.features(tokens, segments=segments, mask=mask))
         return logits
+
+    def features(
+        self, tokens: Tensor, *, segments: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """What the head reads: `[batch, seq, dim]`. The arguments are those of `forward`."""
+        x = self.encoder(tokens, segments=segments, mask=mask)
+        y: Tensor = self.norm(self.activation(self.transform(x)))
+        return y
 
     def loss(
         self,
@@ -167,8 +177,8 @@ class MaskedLanguageModel(nn.Module):
             mask: As in `Encoder.forward`.
         """
         require_same_shape("encoder", "targets", targets, tokens)
-        logits = self(tokens, segments=segments, mask=mask)
-        return cross_entropy(logits.flatten(0, 1), targets.flatten())
+        features = self.features(tokens, segments=segments, mask=mask)
+        return linear_cross_entropy(features, self.head.weight, targets, linear_bias=self.head.bias)
 
 
 class Classifier(nn.Module):

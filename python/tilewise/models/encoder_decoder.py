@@ -1,6 +1,7 @@
 """The transformer of 2017, which reads one sequence and writes another (Vaswani et al.,
 https://arxiv.org/abs/1706.03762)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from tilewise.models.blocks import (
     initialise,
     make_caches,
     padding_mask,
+    positions_from,
 )
 from tilewise.models.refusals import (
     require_batch,
@@ -29,7 +31,8 @@ from tilewise.models.refusals import (
     require_same_shape,
     require_tokens,
 )
-from tilewise.ops.cross_entropy import cross_entropy
+from tilewise.ops.embed import embed
+from tilewise.ops.linear_cross_entropy import linear_cross_entropy
 from tilewise.ops.rotary import rotary_tables
 
 LayerCache = tuple[KVCache, KVCache]  # of the attention to the past, and of that to the source
@@ -99,10 +102,11 @@ class EncoderDecoder(nn.Module):
         y = layer_norm(y + relu_feed_forward(y))
         logits = head(y)
 
-    Weights start as `initialise` says; the scale makes the variance of the embeddings 1.
+    Weights start as `initialise` says; the scale makes the variance of the embeddings 1. What reads
+    a token outside its vocabulary is NaN.
     """
 
-    sinusoids: Tensor
+    position_table: Tensor
 
     def __init__(self, config: EncoderDecoderConfig) -> None:
         super().__init__()
@@ -112,8 +116,8 @@ class EncoderDecoder(nn.Module):
         source_vocab_size = config.source_vocab_size or config.vocab_size
         self.source_embedding = nn.Embedding(source_vocab_size, dim)
         self.target_embedding = nn.Embedding(config.vocab_size, dim)
-        self.register_buffer("sinusoids", sinusoids(config.context, dim), persistent=False)
-        self.dropout = nn.Dropout(config.dropout)
+        position_table = sinusoids(config.context, dim) * dim**-0.5  # as `_embed` takes it
+        self.register_buffer("position_table", position_table, persistent=False)
         self.encoder = nn.ModuleList(EncoderBlock(*size) for _ in range(config.layers))
         self.decoder = nn.ModuleList(DecoderBlock(*size) for _ in range(config.layers))
         self.head = nn.Linear(dim, config.vocab_size, bias=False)
@@ -171,9 +175,10 @@ class EncoderDecoder(nn.Module):
             label_smoothing: The part of the probability spread over all tokens; 0.1 in the paper.
         """
         require_same_shape("encoder_decoder", "targets", targets, tokens)
-        logits = self(source, tokens, source_mask=source_mask, mask=mask)
-        return cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing
+        memory = self.encode(source, source_mask)
+        features = self.decode(tokens, memory, source_mask=source_mask, mask=mask)
+        return linear_cross_entropy(
+            features, self.head.weight, targets, label_smoothing=label_smoothing
         )
 
     def encode(self, source: Tensor, source_mask: Tensor | None = None) -> Tensor:
@@ -229,10 +234,14 @@ class EncoderDecoder(nn.Module):
         )
         return list(zip(past, source, strict=True))
 
-    def _embed(self, embedding: nn.Embedding, tokens: Tensor, offset: int) -> Tensor:
-        x: Tensor = embedding(tokens) * self.config.dim**0.5
-        x = self.dropout(x + self.sinusoids[offset : offset + tokens.shape[1]])
-        return x
+    def _embed(self, embedding: nn.Embedding, tokens: Tensor, start: int) -> Tensor:
+        """sqrt(dim) * dropout(embedding + sinusoids / sqrt(dim)): a scaled copy of the embedding,
+        of the whole vocabulary, would cost more than to scale the sum."""
+        x = embed(
+            tokens, embedding.weight, positions_from(start, tokens), self.position_table,
+            dropout_p=self.config.dropout if self.training else 0.0,
+        )  # fmt: skip
+        return x * math.sqrt(self.config.dim)
 
 
 class DecoderBlock(nn.Module):

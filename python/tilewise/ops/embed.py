@@ -230,7 +230,7 @@ class _Embed(torch.autograd.Function):
             )
             norm = (weight, mean, rstd, g_mean, dot_mean)
         grads: list[Tensor | None] = [None] * 6
-        turns = zip(tables[::2], (len(dy), *ctx.periods), (ctx.padding, -1, -1), strict=True)
+        turns = zip(tables[::2], (dy.shape[0], *ctx.periods), (ctx.padding, -1, -1), strict=True)
         for which, (ids, period, padding) in enumerate(turns):
             if wanted[which]:
                 keys, order = (None, None) if ids is None else torch.sort(ids, stable=True)
@@ -271,9 +271,9 @@ _forward = register(
     " str backend) -> (Tensor y, Tensor mean, Tensor rstd)",
     BACKENDS,
     fake=lambda ids, table, *rest: (
-        table.new_empty(len(ids), table.shape[1]),
-        _statistics(table, 0 if rest[6] is None else len(ids)),
-        _statistics(table, 0 if rest[6] is None else len(ids)),
+        table.new_empty(ids.shape[0], table.shape[1]),
+        _statistics(table, 0 if rest[6] is None else ids.shape[0]),
+        _statistics(table, 0 if rest[6] is None else ids.shape[0]),
     ),
 )
 _norm_backward = register(

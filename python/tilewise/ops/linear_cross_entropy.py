@@ -250,7 +250,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dlosses = dloss if factor is None else dloss * factor
             tensors = hidden, linear_weight, linear_bias
             found: Sequence[Tensor | None] = differentiable_gradients(
-                reference, dlosses.expand(len(hidden)), tensors
+                reference, dlosses.expand(hidden.shape[0]), tensors
             )
         elif ctx.now:
             if not backward_is_last():
@@ -260,7 +260,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             dlosses = dloss if factor is None else dloss * factor
             found = _backward(
-                dlosses.expand(len(hidden)).contiguous(), hidden, linear_weight, target,
+                dlosses.expand(hidden.shape[0]).contiguous(), hidden, linear_weight, target,
                 linear_bias, weights, known, *ctx.options.numbers(), ctx.memory, *wanted,
                 ctx.chosen,
             )  # fmt: skip
@@ -288,7 +288,7 @@ def _fake_forward(
     hidden: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     losses = hidden.new_empty(target.shape, dtype=wide_dtype(hidden.dtype))
-    known = 0 if any(rest[-4:-1]) else len(target)
+    known = 0 if any(rest[-4:-1]) else target.shape[0]
     gradients = _wanted_like(hidden, linear_weight, linear_bias, rest)
     return losses, losses.new_empty(3, known), *gradients
 
