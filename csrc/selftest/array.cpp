@@ -12,6 +12,9 @@
 namespace tilewise::selftest {
 namespace {
 
+int misaligned = -1;
+int made = 0;
+
 // Call body with a zero of the dtype's type.
 template <typename Body>
 auto with_type(DType dtype, Body body) {
@@ -53,6 +56,7 @@ std::vector<double> decoded(DType dtype, const std::vector<unsigned char>& bits)
 }
 
 std::vector<double> spread(const std::vector<double>& values, size_t rows, size_t stride) {
+  if (values.empty()) return values;
   const size_t cols = values.size() / rows;
   std::vector<double> apart((rows - 1) * stride + cols, std::numeric_limits<double>::quiet_NaN());
   for (size_t i = 0; i < values.size(); ++i) apart[i / cols * stride + i % cols] = values[i];
@@ -90,36 +94,41 @@ void must_succeed(cudaError_t status, const char* what) {
 }
 
 Array::Array(DType dtype, const std::vector<double>& values) : dtype_(dtype) {
-  upload(encoded(dtype, values));
+  const std::vector<unsigned char> bits = encoded(dtype, values);
+  upload(bits.data(), bits.size(), bytes_of(dtype));
 }
 
 Array::Array(DType dtype, const std::vector<double>& values, size_t rows, size_t stride)
     : Array(dtype, spread(values, rows, stride)) {}
 
-Array::Array(const std::vector<int64_t>& integers) {
-  std::vector<unsigned char> bits(integers.size() * sizeof(int64_t));
-  std::memcpy(bits.data(), integers.data(), bits.size());
-  if (!bits.empty()) upload(bits);
-}
-
 Array::Array(DType dtype, size_t count) : dtype_(dtype) {
-  upload(std::vector<unsigned char>(count * bytes_of(dtype), 0xFF));
+  const std::vector<unsigned char> bits(count * bytes_of(dtype), 0xFF);
+  upload(bits.data(), bits.size(), bytes_of(dtype));
 }
 
 Array::~Array() { cudaFree(device_); }
 
-void Array::upload(const std::vector<unsigned char>& bits) {
-  count_ = bits.size() / bytes_of(dtype_);
-  must_succeed(cudaMalloc(&device_, bits.size()), "cudaMalloc");
-  must_succeed(cudaMemcpy(device_, bits.data(), bits.size(), cudaMemcpyHostToDevice), "cudaMemcpy");
+void Array::upload(const void* bits, size_t bytes, size_t element) {
+  if (bytes == 0) return;
+  begin_ = made++ == misaligned ? element : 0;
+  bytes_ = bytes;
+  must_succeed(cudaMalloc(reinterpret_cast<void**>(&device_), begin_ + bytes), "cudaMalloc");
+  must_succeed(cudaMemcpy(at(), bits, bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
 }
 
 std::vector<unsigned char> Array::bits() const {
-  std::vector<unsigned char> host(count_ * bytes_of(dtype_));
-  must_succeed(cudaMemcpy(host.data(), device_, host.size(), cudaMemcpyDeviceToHost), "cudaMemcpy");
+  std::vector<unsigned char> host(bytes_);
+  must_succeed(cudaMemcpy(host.data(), at(), bytes_, cudaMemcpyDeviceToHost), "cudaMemcpy");
   return host;
 }
 
 std::vector<double> Array::values() const { return decoded(dtype_, bits()); }
+
+void misalign(int number) {
+  misaligned = number;
+  made = 0;
+}
+
+int arrays_made() { return made; }
 
 }  // namespace tilewise::selftest

@@ -25,8 +25,11 @@ class Array {
   Array(DType dtype, const std::vector<double>& values);
   // Rows of it, `stride` elements apart; what lies between them is NaN.
   Array(DType dtype, const std::vector<double>& values, size_t rows, size_t stride);
-  // Of integers: two words each, whose values mean nothing.
-  explicit Array(const std::vector<int64_t>& integers);
+  // Of integers, whose values nobody asks for.
+  template <typename Integer>
+  explicit Array(const std::vector<Integer>& integers) {
+    upload(integers.data(), integers.size() * sizeof(Integer), sizeof(Integer));
+  }
   // To be written: NaN until then.
   Array(DType dtype, size_t count);
   ~Array();
@@ -35,18 +38,24 @@ class Array {
 
   template <typename T = void>
   T* at() const {
-    return static_cast<T*>(device_);
+    return reinterpret_cast<T*>(device_ + begin_);
   }
   std::vector<double> values() const;
   std::vector<unsigned char> bits() const;
 
  private:
-  void upload(const std::vector<unsigned char>& bits);
+  void upload(const void* bits, size_t bytes, size_t element);
 
   DType dtype_ = DType::f32;
-  size_t count_ = 0;
-  void* device_ = nullptr;
+  size_t bytes_ = 0, begin_ = 0;
+  unsigned char* device_ = nullptr;
 };
+
+// Of the arrays that are made from now on, have the one with this number, from 0, begin one element
+// late, where 16 bytes cannot be read at once; with -1, none.
+void misalign(int number);
+// How many were made since.
+int arrays_made();
 
 // End the program, unless the status is one of success.
 void must_succeed(cudaError_t status, const char* what);

@@ -3,15 +3,13 @@
 #include <numeric>
 #include <tuple>
 
-#include "cuda/philox.cuh"
+#include "selftest/dropout.h"
 #include "selftest/selftest.h"
 
 namespace tilewise::selftest {
 namespace {
 
-constexpr float kEps = 0.1f, kScale = 4.f / 3.f;
-constexpr int64_t kThreshold = int64_t{1} << 30;  // drops a quarter
-constexpr int64_t kSeed = (int64_t{5} << 40) + 7, kOffset = 3;
+constexpr float kEps = 0.1f;
 constexpr int64_t kTokens = 5, kPositions = 3, kSegments = 2, kPadding = 2;
 
 using Ids = std::vector<int64_t>;
@@ -37,7 +35,7 @@ Named named(int64_t rows) {
 
 // dy, tokens, positions, segments, weight, bias -> y, mean, rstd, the gradients of the last five.
 template <typename Real>
-std::vector<Values> reference(const Size& size, const Named& ids,
+std::vector<Values> reference(const Size& size, const Named& ids, const Values& all_kept,
                               const std::vector<Values>& inputs) {
   const auto rows = static_cast<size_t>(size.rows), cols = static_cast<size_t>(size.cols);
   const Values &dy = inputs[0], &weight = inputs[4], &bias = inputs[5];
@@ -65,9 +63,7 @@ std::vector<Values> reference(const Size& size, const Named& ids,
     mean[row] = m;
     rstd[row] = r;
     for (size_t i = 0; i < cols; ++i) {
-      const PhiloxWords words =
-          philox(kSeed, kOffset, static_cast<uint32_t>(row), static_cast<uint32_t>(i / 4));
-      const Real kept = tilewise::keep(words.at[i % 4], kThreshold) ? Real(kScale) : Real(0);
+      const auto kept = static_cast<Real>(all_kept[row * cols + i]);
       y[row * cols + i] = kept * ((x[i] - m) * r * w(i) + (bias.empty() ? Real(0) : Real(bias[i])));
       d[i] = kept * Real(dy[row * cols + i]);
     }
@@ -95,8 +91,8 @@ std::vector<Values> reference(const Size& size, const Named& ids,
   return outputs;
 }
 
-Run run(const Size& size, const Named& ids, const std::vector<Values>& inputs, DType dtype,
-        DType weight_dtype) {
+Run run(const Size& size, const Named& ids, const Dropout& dropout,
+        const std::vector<Values>& inputs, DType dtype, DType weight_dtype) {
   const int64_t rows = size.rows, cols = size.cols, stride = cols + size.gap;
   const bool normed = !inputs[4].empty();
   const int64_t parts = std::min<int64_t>(rows, 4), statistics = normed ? rows : 0;
@@ -106,19 +102,17 @@ Run run(const Size& size, const Named& ids, const std::vector<Values>& inputs, D
   const Array segments(dtype, inputs[3], kSegments, stride);
   const Array weight(weight_dtype, inputs[4]), bias(weight_dtype, inputs[5]);
   const Array token_ids(ids.tokens), position_ids(ids.positions);
+  const Array seeds(dropout.seeds), offsets(dropout.offsets);
   const Array y(dtype, rows * cols), mean(DType::f32, statistics), rstd(DType::f32, statistics);
 
   const auto where = std::make_tuple(token_ids.at<int64_t>(), tokens.at(), kTokens, stride, rows,
                                      position_ids.at<int64_t>(), positions.at(), kPositions, stride,
                                      period, nullptr, segments.at(), kSegments, stride, int64_t{1});
-  const auto draw = std::make_tuple(kThreshold, kScale, nullptr, nullptr, int64_t{0}, int64_t{0},
-                                    kSeed, kOffset, rows, cols);
+  const auto draw = std::tuple_cat(arguments(dropout, seeds, offsets), std::make_tuple(rows, cols));
   const auto kind = std::make_tuple(dtype, weight_dtype, nullptr);
-  const auto call = [](const char* name, auto launcher, auto... arguments) {
-    must_succeed(std::apply(launcher, std::tuple_cat(arguments...)), name);
-  };
-  call("embed_forward", embed_forward, std::make_tuple(y.at(), mean.at<float>(), rstd.at<float>()),
-       where, std::make_tuple(weight.at(), bias.at()), draw, std::make_tuple(kEps), kind);
+  launch("embed_forward", embed_forward,
+         std::make_tuple(y.at(), mean.at<float>(), rstd.at<float>()), where,
+         std::make_tuple(weight.at(), bias.at()), draw, std::make_tuple(kEps), kind);
   Run run;
   keep(run, "y", dtype, cols, y);
   if (normed) {
@@ -130,11 +124,11 @@ Run run(const Size& size, const Named& ids, const std::vector<Values>& inputs, D
   const Array dweight(weight_dtype, normed ? cols : 0), dbias(weight_dtype, normed ? cols : 0);
   const Array sums(DType::f32, normed ? 2 * parts * cols : 0);
   if (normed) {
-    call("embed_norm_backward", embed_norm_backward,
-         std::make_tuple(g_mean.at<float>(), dot_mean.at<float>(), dweight.at(), dbias.at(),
-                         sums.at<float>(), sums.at<float>() + parts * cols, dy.at()),
-         where, std::make_tuple(weight.at(), mean.at<float>(), rstd.at<float>()), draw,
-         std::make_tuple(stride, parts), kind);
+    launch("embed_norm_backward", embed_norm_backward,
+           std::make_tuple(g_mean.at<float>(), dot_mean.at<float>(), dweight.at(), dbias.at(),
+                           sums.at<float>(), sums.at<float>() + parts * cols, dy.at()),
+           where, std::make_tuple(weight.at(), mean.at<float>(), rstd.at<float>()), draw,
+           std::make_tuple(stride, parts), kind);
   }
   const auto walk = [&](const char* name, int64_t count, const Ids& keys, int64_t turns,
                         int64_t padding) {
@@ -149,13 +143,13 @@ Run run(const Size& size, const Named& ids, const std::vector<Values>& inputs, D
     const Array sorted_keys(sorted), places(order);
     const Array table(dtype, Values(static_cast<size_t>(count * cols)));
     const Array left(DType::f32, 2 * chunks * cols);
-    call(name, embed_table_backward,
-         std::make_tuple(table.at(), left.at<float>(), dy.at(), sorted_keys.at<int64_t>(),
-                         places.at<int64_t>(), turns, count, padding, chunk_rows, chunks),
-         where,
-         std::make_tuple(weight.at(), mean.at<float>(), rstd.at<float>(), g_mean.at<float>(),
-                         dot_mean.at<float>()),
-         draw, std::make_tuple(stride), kind);
+    launch(name, embed_table_backward,
+           std::make_tuple(table.at(), left.at<float>(), dy.at(), sorted_keys.at<int64_t>(),
+                           places.at<int64_t>(), turns, count, padding, chunk_rows, chunks),
+           where,
+           std::make_tuple(weight.at(), mean.at<float>(), rstd.at<float>(), g_mean.at<float>(),
+                           dot_mean.at<float>()),
+           draw, std::make_tuple(stride), kind);
     keep(run, name, dtype, cols, table);
   };
   walk("dtokens", kTokens, ids.tokens, rows, kPadding);
@@ -174,6 +168,8 @@ void embed() {
   for (DType dtype : dtypes()) {
     int turn = 0;
     for (const Size& size : sizes()) {
+      const Dropout dropout = dropout_of(kSeeds[turn % 4], size.rows);
+      const Values kept = factors(dropout, size.rows, size.cols);
       const int kind = turn++ % 3;  // a norm like the tables, one in fp32, none
       const DType weight_dtype = kind == 1 ? DType::f32 : dtype;
       const Named ids = named(size.rows);
@@ -184,10 +180,10 @@ void embed() {
           normal(weight_dtype, widths, 5),          normal(weight_dtype, widths, 6)};
       report(
           case_name("embed", dtype, size),
-          [&] { return run(size, ids, inputs, dtype, weight_dtype); },
+          [&] { return run(size, ids, dropout, inputs, dtype, weight_dtype); },
           [&](const std::vector<Values>& given, bool single) {
-            return single ? reference<float>(size, ids, given)
-                          : reference<double>(size, ids, given);
+            return single ? reference<float>(size, ids, kept, given)
+                          : reference<double>(size, ids, kept, given);
           },
           inputs);
     }

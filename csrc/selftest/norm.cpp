@@ -2,17 +2,14 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cuda/philox.cuh"
+#include "selftest/dropout.h"
 #include "selftest/selftest.h"
 
 namespace tilewise::selftest {
 namespace {
 
 constexpr float kEps = 0.1f;
-constexpr float kOffset = 0.5f;                   // added to the weight
-constexpr double kDropped = 0.25;                 // of the branch, where there is one
-constexpr int64_t kThreshold = int64_t{1} << 30;  // kDropped of 2^32
-constexpr int64_t kSeed = (int64_t{5} << 32) + 7, kDrawOffset = 3;
+constexpr float kOffset = 0.5f;  // added to the weight
 
 enum Input { kX, kDy, kWeight, kBias, kResidual, kDsum };
 
@@ -20,24 +17,16 @@ struct Norm {
   bool is_centred, adds;
   Size size;
   DType dtype, weight_dtype, residual_dtype;
+  Dropout dropout;  // of the branch, where there is one
+  Values kept;
 };
-
-// Whether dropout keeps an element of the branch, as a factor.
-double kept(const Norm& norm, size_t row, size_t col) {
-  if (!norm.adds) return 1;
-  const PhiloxWords words = philox(kSeed, kDrawOffset, static_cast<uint32_t>(row),
-                                   static_cast<uint32_t>(col / kPhiloxGroup));
-  return tilewise::keep(words.at[col % kPhiloxGroup], kThreshold) ? 1 / (1 - kDropped) : 0;
-}
 
 // What is normalised, as it is rounded where it is stored.
 template <typename Real>
 std::vector<Real> normalised(const Norm& norm, const std::vector<Values>& inputs) {
-  const auto cols = static_cast<size_t>(norm.size.cols);
   std::vector<Real> sum(inputs[kX].begin(), inputs[kX].end());
   for (size_t i = 0; norm.adds && i < sum.size(); ++i) {
-    sum[i] = sum[i] * static_cast<Real>(kept(norm, i / cols, i % cols)) +
-             static_cast<Real>(inputs[kResidual][i]);
+    sum[i] = sum[i] * static_cast<Real>(norm.kept[i]) + static_cast<Real>(inputs[kResidual][i]);
     if (sizeof(Real) == sizeof(float)) {
       sum[i] = static_cast<Real>(rounded(norm.residual_dtype, sum[i]));
     }
@@ -76,7 +65,7 @@ std::vector<Values> reference(const Norm& norm, const std::vector<Values>& input
       Real d = r * (g(i) - mean_g - xhat * dot);
       if (norm.adds) d += static_cast<Real>(inputs[kDsum][at + i]);
       dresidual[at + i] = d;
-      dx[at + i] = d * static_cast<Real>(kept(norm, row, i));
+      dx[at + i] = d * static_cast<Real>(norm.kept[at + i]);
       products[at + i] = static_cast<Real>(dy[at + i]) * xhat;
     }
   }
@@ -109,22 +98,26 @@ Run run(const Norm& norm, const std::vector<Values>& inputs) {
   const Array sum(wide, added), dresidual(wide, added);
   float *m = mean.at<float>(), *r = rstd.at<float>();
   float *wp = weight_parts.at<float>(), *bp = bias_parts.at<float>();
-  const float scale = static_cast<float>(1 / (1 - kDropped));
+  const Dropout& dropout = norm.dropout;
+  const Array seeds(dropout.seeds), offsets(dropout.offsets);
 
   // The launchers with a mean and those without, and either with the same arguments.
-  const auto launch = [](cudaError_t status) { must_succeed(status, "a norm"); };
   if (norm.adds) {
+    const auto drop = arguments(dropout, seeds, offsets);
+    const auto kinds = std::make_tuple(wide, dtype, other, nullptr);
     const auto forward = [&](auto launcher, auto... statistics) {
-      launch(launcher(y.at(), sum.at(), statistics..., x.at(), residual.at(), weight.at(),
-                      bias.at(), rows, cols, stride, cols, kEps, weighted ? kOffset : 0.f, false,
-                      kThreshold, scale, nullptr, nullptr, 0, 0, kSeed, kDrawOffset, wide, dtype,
-                      other, nullptr));
+      launch("a norm after an addition", launcher,
+             std::make_tuple(y.at(), sum.at(), statistics..., x.at(), residual.at(), weight.at(),
+                             bias.at(), rows, cols, stride, cols, kEps, weighted ? kOffset : 0.f,
+                             false),
+             drop, kinds);
     };
     const auto backward = [&](auto launcher, auto... statistics) {
-      launch(launcher(dx.at(), dresidual.at(), dweight.at(), dbias.at(), wp, bp, dy.at(), dsum.at(),
-                      sum.at(), weight.at(), statistics..., rows, cols, stride, cols, parts,
-                      weighted ? kOffset : 0.f, kThreshold, scale, nullptr, nullptr, 0, 0, kSeed,
-                      kDrawOffset, wide, dtype, other, nullptr));
+      launch("its gradients", launcher,
+             std::make_tuple(dx.at(), dresidual.at(), dweight.at(), dbias.at(), wp, bp, dy.at(),
+                             dsum.at(), sum.at(), weight.at(), statistics..., rows, cols, stride,
+                             cols, parts, weighted ? kOffset : 0.f),
+             drop, kinds);
     };
     norm.is_centred ? forward(add_layer_norm_forward, m, r) : forward(add_rms_norm_forward, r);
     norm.is_centred ? backward(add_layer_norm_backward, m, r) : backward(add_rms_norm_backward, r);
@@ -132,14 +125,17 @@ Run run(const Norm& norm, const std::vector<Values>& inputs) {
     // Rows as [outer, 2, 1, cols], where there are as many.
     const int64_t middle = rows % 2 ? 1 : 2, inner = rows % 2 ? rows : 1;
     const auto forward = [&](auto launcher, auto... statistics) {
-      launch(launcher(y.at(), statistics..., x.at(), weight.at(), bias.at(), rows, cols, middle,
-                      inner, 2 * stride, stride, stride, kEps, weighted ? kOffset : 0.f, false,
-                      dtype, other, nullptr));
+      launch("a norm", launcher,
+             std::make_tuple(y.at(), statistics..., x.at(), weight.at(), bias.at(), rows, cols,
+                             middle, inner, 2 * stride, stride, stride, kEps,
+                             weighted ? kOffset : 0.f, false, dtype, other, nullptr));
     };
     const auto backward = [&](auto launcher, auto... statistics) {
-      launch(launcher(dx.at(), dweight.at(), dbias.at(), wp, bp, dy.at(), x.at(), weight.at(),
-                      statistics..., rows, cols, stride, middle, inner, 2 * stride, stride, stride,
-                      parts, weighted ? kOffset : 0.f, dtype, other, nullptr));
+      launch(
+          "its gradients", launcher,
+          std::make_tuple(dx.at(), dweight.at(), dbias.at(), wp, bp, dy.at(), x.at(), weight.at(),
+                          statistics..., rows, cols, stride, middle, inner, 2 * stride, stride,
+                          stride, parts, weighted ? kOffset : 0.f, dtype, other, nullptr));
     };
     norm.is_centred ? forward(layer_norm_forward, m, r) : forward(rms_norm_forward, r);
     norm.is_centred ? backward(layer_norm_backward, m, r) : backward(rms_norm_backward, r);
@@ -164,7 +160,11 @@ void test(const char* name, bool is_centred, bool adds) {
       // Both parameters in fp32, both like x, a weight, none; the sums of wide columns take long.
       const int kind = size.cols > kWideCols ? 3 : turn % 4;
       const DType weight_dtype = kind == 0 ? DType::f32 : dtype;
-      const Norm norm{is_centred, adds, size, dtype, weight_dtype, turn++ % 3 ? dtype : DType::f32};
+      const Dropout dropout = dropout_of(adds ? kSeeds[turn / 2 % 4] : Seeds::none, size.rows);
+      const Norm norm{is_centred,   adds,
+                      size,         dtype,
+                      weight_dtype, turn++ % 3 ? dtype : DType::f32,
+                      dropout,      factors(dropout, size.rows, size.cols)};
       const int64_t count = size.rows * size.cols;
       std::vector<Values> inputs{normal(dtype, count, 1),
                                  normal(dtype, count, 2),

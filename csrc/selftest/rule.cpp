@@ -17,7 +17,9 @@ Values errors(const Values& values, const Values& truth) {
   Values apart(values.size());
   for (size_t i = 0; i < values.size(); ++i) {
     apart[i] = std::abs(values[i] - truth[i]);
-    if (std::isnan(apart[i])) apart[i] = std::numeric_limits<double>::infinity();
+    if (!std::isnan(apart[i])) continue;
+    const bool same = std::isnan(values[i]) && std::isnan(truth[i]);
+    apart[i] = same ? 0 : std::numeric_limits<double>::infinity();
   }
   return apart;
 }

@@ -33,7 +33,7 @@ struct Verdict {
 // In every block of 32 rows, with maxima over it,
 //   max|ours - truth| <= 2 max|yardstick - truth| + eps max|truth|
 // and over all the mean error is at most twice the yardstick's, or the rounded truth's. In fp32 the
-// yardstick is the worst of four runs, three of them on inputs a rounding away.
+// yardstick is the worst of four runs, three of them on inputs a rounding away. NaN must be NaN.
 std::vector<Verdict> judge(const std::vector<Output>& outputs, const Reference& reference,
                            const std::vector<Values>& inputs);
 
