@@ -13,7 +13,8 @@ from tilewise.check import NUDGES, compare, nudged
 
 @cache
 def entries():
-    """PyTorch's own list, which takes seconds to import."""
+    """PyTorch's own list, which takes seconds to import, and a package of its own."""
+    pytest.importorskip("expecttest")
     from torch.testing._internal.common_methods_invocations import op_db
 
     return op_db
