@@ -1,5 +1,6 @@
 """`tilewise.functional` on the samples that PyTorch tests its own functions with."""
 
+import warnings
 from functools import cache
 
 import pytest
@@ -50,9 +51,12 @@ def assert_is_that_of_torch(function, theirs, sample):
     yardsticks = [plain, *(called(theirs, sample, nudged) for _ in range(NUDGES))]
     for i, (got, true) in enumerate(zip(mine, truth, strict=True)):
         error, allowed = compare(got, [run[i] for run in yardsticks], true)
-        # Some have scores of 200, and some fp64 results: there PyTorch's own measure must do.
-        if error > allowed:
-            torch.testing.assert_close(got, plain[i])
+        # Some samples of attention have scores of 200, and some of softmax ask for fp64, than which
+        # nothing is more exact: there PyTorch's own measure must do.
+        if function is functional.scaled_dot_product_attention or got.dtype == torch.float64:
+            assert error <= allowed or not torch.testing.assert_close(got, plain[i])
+        else:
+            assert error <= allowed
 
 
 def rounds_its_logits(sample, dtype):
@@ -78,13 +82,15 @@ def test_samples(name, dtype):
     if name == "embedding":  # samples begin with the table
         ours = lambda weight, ids, **options: functional.embedding(ids, weight, **options)  # noqa: E731
     torch.manual_seed(0)
-    samples = [
+    every = [
         (entry.op, sample)
         for entry in found
         for sample in entry.sample_inputs(DEVICE, dtype, requires_grad=True)
-        if rounds_its_logits(sample, dtype)
     ]
+    samples = [pair for pair in every if rounds_its_logits(pair[1], dtype)]
     assert samples
+    if left := len(every) - len(samples):
+        warnings.warn(f"{name}: {left} of {len(every)} samples sum in another dtype", stacklevel=1)
     for theirs, sample in samples:
         try:
             assert_is_that_of_torch(ours, theirs, sample)

@@ -87,5 +87,10 @@ def test_frozen_inputs_get_no_gradient(op, backend):
         full = leaves(op, tensors)
         sum(out.sum() for out in as_list(call(*inputs))).backward()
         sum(out.sum() for out in as_list(call(*full))).backward()
-        torch.testing.assert_close(inputs[kept].grad, full[kept].grad)
+        if (
+            backend == "numba"
+        ):  # another kernel is compiled for what is wanted: it may add otherwise
+            torch.testing.assert_close(inputs[kept].grad, full[kept].grad)
+        else:
+            assert torch.equal(inputs[kept].grad, full[kept].grad)
         assert all(t is None or i == kept or t.grad is None for i, t in enumerate(inputs))

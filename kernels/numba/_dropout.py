@@ -1,13 +1,11 @@
 """Dropout on the CPU: what is kept of a row, marked before the row is gone through."""
 
-import numpy as np
 from torch import Tensor
 
 from tilewise.kernels.numba._parallel import callee
 from tilewise.kernels.numba._philox import keep, philox
-from tilewise.kernels.numba._simd import address, load, pointer, real, store
+from tilewise.kernels.numba._simd import INTEGER, address, load, pointer, real, store
 
-INTEGER = np.int64(0)
 WORDS = 1 << 32
 ANY, SCALE = 0, 2  # where these stand in what `draw` returns
 

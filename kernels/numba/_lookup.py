@@ -1,11 +1,7 @@
 """What a row is looked up by, and what a row in L1 goes through."""
 
-import numpy as np
-
 from tilewise.kernels.numba._parallel import callee
-from tilewise.kernels.numba._simd import address, load, offset, pointer, real, store
-
-INTEGER = np.int64(0)
+from tilewise.kernels.numba._simd import INTEGER, address, load, offset, pointer, real, store
 
 
 @callee

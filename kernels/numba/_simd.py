@@ -27,6 +27,8 @@ KINDS = {
     torch.bool: np.uint8(0),
 }
 
+INTEGER = KINDS[torch.int64]
+
 FLOAT, DOUBLE, HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
 
 

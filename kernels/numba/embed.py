@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tilewise.kernels.numba._dropout import ANY, SCALE, draw, mark_kept
 from tilewise.kernels.numba._lookup import (
-    INTEGER,
     add,
     copy,
     drop,
@@ -24,6 +23,7 @@ from tilewise.kernels.numba._lookup import (
 from tilewise.kernels.numba._parallel import Kernel, callee, take
 from tilewise.kernels.numba._shared import partial_sums, parts_for, thread_scratch
 from tilewise.kernels.numba._simd import (
+    INTEGER,
     address,
     kind,
     load,

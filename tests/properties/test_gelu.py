@@ -93,10 +93,9 @@ def test_every_number_of_16_bits_within_an_ulp(op, backend, dtype, approximate):
 def test_bias_and_dropout_are_the_ops_one_after_the_other(op, backend, approximate, monkeypatch):
     """The gradient of the bias is a sum in fp32, of more rows than it has parts."""
     case_or_skip(op, backend)
-    for room, most in (("cuda", "MIN_PARTS"), ("triton", "MAX_PARTS")):
-        if backend == room:
-            monkeypatch.setattr(f"tilewise.kernels.{room}.gelu.PART_ELEMENTS", 1)
-            monkeypatch.setattr(f"tilewise.kernels.{room}.gelu.{most}", 32)
+    if bound := {"cuda": "MIN_PARTS", "triton": "MAX_PARTS"}.get(backend):
+        monkeypatch.setattr(f"tilewise.kernels.{backend}.gelu.PART_ELEMENTS", 1)
+        monkeypatch.setattr(f"tilewise.kernels.{backend}.gelu.{bound}", 32)
     torch.manual_seed(0)
     x, dy = torch.randn(2, 70, 36, device=DEVICE).unbind()
     bias = torch.randn(36, device=DEVICE)

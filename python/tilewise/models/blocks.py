@@ -181,11 +181,6 @@ def add_and_norm(norm: nn.Module, branch: Tensor, x: Tensor) -> Tensor:
     return y
 
 
-def positions_from(start: int, tokens: Tensor) -> Tensor | None:
-    """The positions of `tokens`, `[batch, seq]`, as ids for `embed`; None is those from 0 on."""
-    return torch.arange(start, start + tokens.shape[1], device=tokens.device) if start else None
-
-
 def padding_mask(kept: Tensor | None) -> Tensor | None:
     """A mask of the positions, `[batch, seq]`, as the mask of the keys that attention takes."""
     return None if kept is None else kept[:, None, None, :]

@@ -22,7 +22,6 @@ from tilewise.models.blocks import (
     make_add_norm,
     make_caches,
     make_norm,
-    positions_from,
 )
 from tilewise.models.refusals import (
     require_continuation,
@@ -181,7 +180,8 @@ class Decoder(nn.Module):
         dropout_p = self.config.dropout if self.training else 0.0
         places: tuple[Tensor | None, ...] = ()
         if self.positions is not None:
-            places = positions_from(start, tokens), self.positions.weight
+            table = self.positions.weight
+            places = None, table[start:] if start else table
         return embed(tokens, self.embedding.weight, *places, dropout_p=dropout_p)
 
     def make_cache(self, batch: int, capacity: int | None = None) -> list[KVCache]:

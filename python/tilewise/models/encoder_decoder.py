@@ -18,7 +18,6 @@ from tilewise.models.blocks import (
     initialise,
     make_caches,
     padding_mask,
-    positions_from,
 )
 from tilewise.models.refusals import (
     require_batch,
@@ -238,7 +237,7 @@ class EncoderDecoder(nn.Module):
         """sqrt(dim) * dropout(embedding + sinusoids / sqrt(dim)): a scaled copy of the embedding,
         of the whole vocabulary, would cost more than to scale the sum."""
         x = embed(
-            tokens, embedding.weight, positions_from(start, tokens), self.position_table,
+            tokens, embedding.weight, None, self.position_table[start:],
             dropout_p=self.config.dropout if self.training else 0.0,
         )  # fmt: skip
         return x * math.sqrt(self.config.dim)

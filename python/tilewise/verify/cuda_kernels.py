@@ -25,7 +25,7 @@ _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 _FILE = re.compile(r"_GLOBAL__N__[0-9a-f]{8}_\d+_(\w+)_cu_[0-9a-f]{8}")
 _FUNCTION = re.compile(r"^(?:void )?(?:\w+::)*(\w+(?:<.*>)?)\(")
 
-MAX_THREADS = b"\x04\x05"  # in .nv.info: a value of so many bytes, three numbers
+MAX_THREADS = b"\x04\x05"  # in .nv.info: the form of a value of so many bytes, three numbers
 
 CudaTask = tuple[str, str]
 
@@ -96,13 +96,14 @@ def _built(module: Path, architecture: Architecture, dtypes: Collection[str]) ->
     program = tool("cuobjdump")
     if program is None:
         raise RuntimeError("kernels: cuobjdump must be on PATH or come with triton, got neither")
-    sources = (toolchain.source() or Path()) / "csrc" / "cuda"
+    source = toolchain.source()
+    assert source is not None
     with tempfile.TemporaryDirectory() as folder:
         command = [program, "-xelf", "all", str(module)]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
         cubins = [file.read_bytes() for file in sorted(Path(folder).glob("*.cubin"))]
     said = module.with_name("build.log").read_text()
-    words = {file.stem: _word(file) for file in sources.rglob("*.cu")}
+    words = {file.stem: _word(file) for file in (source / "csrc" / "cuda").rglob("*.cu")}
     return _rows(cubins, said, words, architecture, dtypes)
 
 
@@ -117,6 +118,7 @@ def _rows(
     said_of = {found[1]: found[0] for found in _ENTRY.finditer(said)}
     names = _readable([name for cubin in cubins for name, _ in sections(cubin, ".text.")])
     wanted = {mangled for mangled, name in names.items() if _dtype(name) in dtypes}
+    warned = [line for line in said.splitlines() if SERIALISED.search(line)]
     rows = []
     codes_of = disassemble(cubins, architecture, wanted.__contains__)
     for cubin, codes in zip(cubins, codes_of, strict=True):
@@ -129,7 +131,14 @@ def _rows(
             warps = -(-_most_threads(attributes[code.kernel]) // 32)
             found: dict[str, Any] = measure(code, architecture, int(used[2] or 0), warps)
             found["registers"] = int(used[1])
-            found["warnings"] = sorted(set(_codes(said, code.kernel)))
+            found["warnings"] = sorted(
+                {
+                    word
+                    for line in warned
+                    if f"'{code.kernel}'" in line
+                    for word in SERIALISED.findall(line)
+                }
+            )
             row, name = with_occupancy(found, architecture), names[code.kernel]
             rows.append(Kernel(word, name, "cuda", architecture.name, _dtype(name), **row))
     return rows
@@ -145,14 +154,6 @@ def _most_threads(attributes: bytes) -> int:
             return int(x * y * z)
         at += 4 + (size if form == MAX_THREADS[0] else 0)
     return UNBOUNDED
-
-
-def _codes(said: str, kernel: str) -> list[str]:
-    """Of what ptxas says of one kernel's matrix instructions."""
-    return [
-        code for line in said.splitlines() if f"'{kernel}'" in line
-        for code in SERIALISED.findall(line)
-    ]  # fmt: skip
 
 
 def _readable(mangled: list[str]) -> dict[str, str]:
