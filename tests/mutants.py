@@ -6,15 +6,17 @@ A KERNEL is a file, such as `kernels/triton/softmax.py`; without one, all are br
 of `mutations.draw` is made in a copy of the tree, and the tests of the ops that use the file run
 there until one fails. Prints what was caught and what survived, and ends with 1 if a mutation
 survived that `equivalent_mutants.txt` does not explain.
+
+The process of a trial imports this module before anything else, so nothing of tilewise is imported
+at its head: the trial would try that and not its own copy.
 """
 
 import argparse
 import os
-import re
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,49 +26,108 @@ from mutations import Mutation, draw
 from trials import PASSED, ROOT, STILLBORN, Outcome, copy_tree, run_tests
 
 EQUIVALENT = Path(__file__).parent / "equivalent_mutants.txt"
-ROOMS = {"kernels/triton": ".py", "kernels/numba": ".py", "csrc/cuda": ".cu"}
-NOT_KERNELS = {"__init__", "_parallel"}
+ROOMS = {"triton": "kernels/triton", "numba": "kernels/numba", "cuda": "csrc/cuda"}
+# What starts threads; and what is an instruction each, tried with bugs of their own in csrc/units/.
+NOT_KERNELS = ("/__init__.py", "/_parallel.py", "/hopper.cuh")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A file of kernels, its backend, and the words of the ops that use it."""
+    """A file of kernels.
+
+    Attributes:
+        path: Of the file.
+        backend: That its ops then run on.
+        users: The ops that use it, by the file that is compiled with it: of a CUDA header one
+            `.cu` after the other, for it would take minutes to compile them all.
+    """
 
     path: str
     backend: str
-    ops: tuple[str, ...]
+    users: Mapping[str, tuple[str, ...]]
 
-    @property
-    def tests(self) -> list[str]:
-        """What pytest is asked to run: the cases of these ops on this backend, and their like."""
-        files = [f"tests/properties/test_{op}.py" for op in self.ops]
-        files = [file for file in files if (ROOT / file).is_file()] + direct_tests(self.path)
-        wanted = [f"{op}-{self.backend}" for op in self.ops]
-        wanted += [f"({Path(file).name} and {self.backend})" for file in files]
-        return ["tests/test_ops.py", *files, "-k", " or ".join(wanted)]
+    def broken(self, user: str, mutation: Mutation) -> str:
+        """The text of `user` when this file has the mutation."""
+        text = mutation.apply((ROOT / self.path).read_text("utf-8"))
+        return text if user == self.path else with_headers(user, {self.path: text})
 
 
-def direct_tests(path: str) -> list[str]:
-    """The test files that import the kernel file at `path`."""
+def asked(backend: str, ops: Sequence[str], path: str = "") -> list[str]:
+    """What pytest is asked to run: the cases of the ops on the backend, and who imports `path`."""
+    from tilewise.op import OPS
+
+    words = {OPS[op].backends[backend].module.split(".")[3] for op in ops}
+    properties = sorted((ROOT / "tests/properties").glob("test_*.py"))
+    wanted = [f"{op}-{backend}" for op in ops]
+    own = [f for f in properties if any(f.stem.startswith(f"test_{word}") for word in words)]
     module = path.removesuffix(".py").replace("/", ".")
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    return [f"tests/{p.name}" for p in files if f"tilewise.{module} import" in p.read_text("utf-8")]
+    line = f"tilewise.{module} import"
+    direct = [f for f in (ROOT / "tests").glob("test_*.py") if line in f.read_text("utf-8")]
+    wanted += [f"({f.name} and {backend})" for f in (*own, *direct)]
+    files = ["tests/test_ops.py", *properties, *sorted(direct)]
+    return [*(str(f).removeprefix(f"{ROOT}/") for f in files), "-k", " or ".join(wanted)]
 
 
 def kernels() -> list[Kernel]:
-    """Every file of kernels there is, with the ops whose file it is or that import it."""
-    found = []
-    for room, suffix in ROOMS.items():
-        files = sorted(p for p in (ROOT / room).glob(f"*{suffix}") if p.stem not in NOT_KERNELS)
-        ops = [p for p in files if not p.stem.startswith("_")]
-        for path in files:
-            shared = re.compile(rf"\b{path.stem} import\b")
-            users = [path] if path in ops else [p for p in ops if shared.search(p.read_text())]
-            names = tuple(p.stem for p in users)
-            if names:
-                backend = Path(room).name
-                found.append(Kernel(str(path.relative_to(ROOT)), backend, names))
-    return found
+    """Every file of kernels that an op is made of."""
+    import tilewise  # noqa: F401  (declares the ops)
+    from tilewise.op import OPS
+    from tilewise.report import kernel_sources
+
+    users: dict[tuple[str, str], dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for op in OPS.values():
+        for backend in op.backends.keys() & ROOMS.keys():
+            sources = kernel_sources(op, backend, ROOT)
+            paths = [p for p in sources if p.startswith(ROOMS[backend])]
+            compiled = [p for p in paths if p.endswith(".cu")]
+            for path in paths:
+                if not path.endswith(".cuh"):
+                    users[backend, path][path].add(op.name)
+                for file in compiled if path.endswith(".cuh") else ():
+                    if path in included(file):
+                        users[backend, path][file].add(op.name)
+    order = list(ROOMS)
+    found = sorted(users.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
+    return [
+        Kernel(path, backend, {f: tuple(sorted(files[f])) for f in sorted(files, key=cheapest)})
+        for (backend, path), files in found
+        if not path.endswith(NOT_KERNELS)
+    ]
+
+
+def cheapest(path: str) -> int:
+    """What comes first: little to compile."""
+    return (ROOT / path).stat().st_size
+
+
+def with_headers(path: str, changed: Mapping[str, str], seen: set[str] | None = None) -> str:
+    """The file at `path` with each header of kernels in place of the first line that includes it.
+
+    Args:
+        path: From `ROOT`.
+        changed: The text of files that shall be another, by path.
+        seen: What stands there already; grows.
+    """
+    from tilewise.report import INCLUDE
+
+    seen = set() if seen is None else seen
+    seen.add(path)
+    lines = []
+    for line in changed.get(path, (ROOT / path).read_text("utf-8")).splitlines(keepends=True):
+        named = INCLUDE.match(line)
+        header = f"csrc/{named[1]}" if named else ""
+        if not header.startswith(ROOMS["cuda"]):
+            lines.append("" if line.startswith("#pragma once") else line)
+        elif header not in seen:
+            lines.append(with_headers(header, changed, seen))
+    return "".join(lines)
+
+
+def included(path: str) -> set[str]:
+    """The headers of ours that the file at `path` includes, and they in turn."""
+    seen: set[str] = set()
+    with_headers(path, {}, seen)
+    return seen - {path}
 
 
 def explained() -> dict[str, str]:
@@ -94,23 +155,33 @@ def trials(chosen: list[Kernel], count: int, seed: int, jobs: int) -> Iterator[t
             trees.put(copy_tree(Path(folder) / str(i)))
         seconds: dict[str, float] = {}
 
-        def try_one(kernel: Kernel, mutation: Mutation | None = None) -> Outcome:
+        def try_one(kernel: Kernel, mutation: Mutation) -> Outcome:
+            for user, ops in kernel.users.items():
+                changed = {user: kernel.broken(user, mutation)}
+                outcome = run(kernel.backend, asked(kernel.backend, ops, kernel.path), changed)
+                if outcome.noticed != PASSED:
+                    break
+            return outcome
+
+        def run(backend: str, tests: list[str], changed: Mapping[str, str]) -> Outcome:
             tree = trees.get()
-            file, source = tree / kernel.path, (ROOT / kernel.path).read_text("utf-8")
-            objects = Path(f"{tree}-objects") if kernel.backend == "cuda" else None
+            objects = Path(f"{tree}-objects") if backend == "cuda" else None
             try:
-                if mutation is not None:
-                    file.write_text(mutation.apply(source), "utf-8")
-                return run_tests(tree, kernel.tests, seconds, objects)
+                for path, text in changed.items():
+                    (tree / path).write_text(text, "utf-8")
+                return run_tests(tree, tests, seconds, objects)
             finally:
-                if mutation is not None:
-                    file.write_text(source, "utf-8")
+                for path in changed:
+                    (tree / path).write_text((ROOT / path).read_text("utf-8"), "utf-8")
                 trees.put(tree)
 
-        unlike = list({tuple(kernel.tests): kernel for kernel in chosen}.values())
-        for kernel, outcome in zip(unlike, pool.map(try_one, unlike), strict=True):
+        unbroken = sorted(
+            {(k.backend, op) for k in chosen for ops in k.users.values() for op in ops}
+        )
+        whole = pool.map(lambda one: run(one[0], asked(one[0], [one[1]]), {}), unbroken)
+        for (backend, op), outcome in zip(unbroken, whole, strict=True):
             if outcome.noticed != PASSED:
-                raise SystemExit(f"{kernel.path}: must pass unbroken, got {outcome.noticed}")
+                raise SystemExit(f"{op} by {backend}: must pass unbroken, got {outcome.noticed}")
             seconds |= outcome.seconds
         work = [
             (kernel, mutation)

@@ -97,20 +97,45 @@ def test_a_seed_draws_the_same_again():
 
 def test_every_kernel_is_broken():
     found = {kernel.path: kernel for kernel in mutants.kernels()}
-    assert found["kernels/triton/softmax.py"].backend == "triton"
-    assert found["kernels/numba/_online_softmax.py"].ops == ("attention",)
-    assert found["csrc/cuda/rms_norm.cu"].tests[0] == "tests/test_ops.py"
+    assert found["kernels/triton/_norm_wide.py"].backend == "triton"
+    online = found["kernels/numba/_online_softmax.py"]
+    assert online.users == {online.path: ("attention",)}
+    scored = "csrc/cuda/scored_softmax.cu"
+    assert found[scored].users == {scored: ("log_softmax", "softmax")}
+    assert list(found["csrc/cuda/norm.cuh"].users) == [
+        "csrc/cuda/rms_norm.cu", "csrc/cuda/layer_norm.cu"
+    ]  # fmt: skip
     for kernel in found.values():
         path = mutants.ROOT / kernel.path
         drawn = len(draw(path, kernel.path, 10, 0))
         # What only hands tensors on to another file has little to break.
-        assert drawn == 10 or (drawn and len(path.read_text().splitlines()) < 130), kernel
+        assert drawn == 10 or len(path.read_text().splitlines()) < 130, kernel
 
 
-def test_a_kernel_that_tests_import_is_tried_by_them():
-    found = {kernel.path: kernel for kernel in mutants.kernels()}
-    assert "tests/test_rng.py" in found["kernels/triton/_philox.py"].tests
-    assert "tests/test_rng.py" not in found["kernels/triton/sample.py"].tests
+def test_a_header_is_broken_for_one_file():
+    kernel = next(k for k in mutants.kernels() if k.path == "csrc/cuda/norm.cuh")
+    mutation = draw(mutants.ROOT / kernel.path, kernel.path, 1, 0)[0]
+    for user in kernel.users:
+        whole = mutants.with_headers(user, {})
+        assert '#include "cuda/' not in whole and "#pragma once" not in whole
+        broken = kernel.broken(user, mutation)
+        assert broken != whole
+        source = (mutants.ROOT / kernel.path).read_text()
+        for text, header in ((whole, source), (broken, mutation.apply(source))):
+            inner = header[header.rindex("#include") :].partition("\n")[2]
+            assert text.count(inner) == 1
+
+
+def test_what_pytest_is_asked_to_run():
+    path = "kernels/triton/_philox.py"
+    files, wanted = set(mutants.asked("triton", ["embed"], path)[:-2]), "embed-triton"
+    assert {"tests/test_ops.py", "tests/test_rng.py", "tests/properties/test_embed.py"} <= files
+    expression = mutants.asked("triton", ["embed"], path)[-1]
+    assert wanted in expression and "(test_rng.py and triton)" in expression
+    assert (
+        "(test_cross_entropy_options.py and numba)"
+        in (mutants.asked("numba", ["cross_entropy_with_lse"])[-1])
+    )
 
 
 ENDS = {

@@ -74,6 +74,11 @@ def test_shared_sources_count_for_those_who_use_them(checkout, file, old, room):
     assert changed <= of(room)
 
 
+def test_a_file_of_another_name_counts_for_those_who_launch_it(checkout):
+    changed = changed_by(checkout, "csrc/cuda/scored_softmax.cu", "softcap", "softcup")
+    assert changed == {"softmax/cuda", "log_softmax/cuda"}
+
+
 def test_flags_count_for_every_cuda_kernel(checkout):
     assert changed_by(checkout, "CMakeLists.txt", "CMAKE_CUDA_STANDARD 17", "X") == of("cuda")
 

@@ -33,7 +33,17 @@ IMPORTED = ["torch", "numba", "triton", "pytest", "scipy.stats", "torch.testing"
 LEFT_OUT = {"test_registered_properly", "test_compiled_graphs_contain_our_ops",
             "test_compiled_by_inductor", "test_gradcheck",
             "test_python_goes_on_while_a_kernel_runs"}  # fmt: skip
-QUICKLY = ["-x", "-q", "--tb=short", "-p", "no:unraisableexception", "-o", "addopts="]
+QUICKLY = [
+    "-x",
+    "-q",
+    "-m",
+    "not slow",
+    "--tb=short",
+    "-p",
+    "no:unraisableexception",
+    "-o",
+    "addopts=",
+]
 FIRST = "test_matches_reference"  # it sees the most
 LIMIT = 600  # seconds for a test of which nothing is known
 SLACK = 30  # seconds beside ten times what it took unbroken: more is a hang
@@ -166,6 +176,7 @@ def _run_here(sender: Connection, tree: Path, tests, seconds, objects, cache: Pa
     os.environ |= {"PYTHONPATH": str(tree / "python"), "TILEWISE_CACHE": str(cache)}
     sys.path[:] = [str(tree / "python"), *(place for place in sys.path if place != HERE)]
     sys.dont_write_bytecode = True
+    assert "tilewise" not in sys.modules, "a trial must import its own copy"
     if objects is not None:
         try:
             _compile(tree, objects)

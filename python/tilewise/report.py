@@ -20,6 +20,8 @@ RESULTS = Path("benchmarks/results")
 # A launcher's declaration; what surrounds it in launchers.h is shared by all.
 LAUNCHER = re.compile(r"(?:^//[^\n]*\n)*^cudaError_t\s+(\w+)\([^;]*\);\n", re.MULTILINE)
 INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"', re.MULTILINE)
+LAUNCH = re.compile(r"\b_cuda\.(\w+)\(")
+DEFINITION = re.compile(r"^cudaError_t (\w+)\(", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ def kernel_sources(op: Op, room: str, root: Path) -> dict[str, str]:
     stem = op.backends[room].module.removeprefix(f"tilewise.kernels.{room}.").split(".")[0]
     files = _with_imports(list(_files(root / "kernels" / room / stem, ".py")), room, root)
     if room == "cuda":
-        compiled = list(_files(root / "csrc" / "cuda" / stem, ".cu"))
-        files |= {root / "CMakeLists.txt", *_with_includes(compiled, root)}
+        compiled = set(_files(root / "csrc" / "cuda" / stem, ".cu")) | _launched(files, root)
+        files |= {root / "CMakeLists.txt", *_with_includes(list(compiled), root)}
     texts = {str(file.relative_to(root)): file.read_text() for file in files}
     launchers = "csrc/launchers.h"
     if launchers in texts:
@@ -137,6 +139,13 @@ def _with_imports(files: list[Path], room: str, root: Path) -> set[Path]:
             named += [folder / f"{alias.name}.py" for alias in node.names]
             waiting += [path for path in named if path.is_file()]
     return seen
+
+
+def _launched(files: set[Path], root: Path) -> set[Path]:
+    """Where the launchers are defined that `files`, of Python, call by name."""
+    called = {name for file in files for name in LAUNCH.findall(file.read_text())}
+    compiled = (root / "csrc" / "cuda").rglob("*.cu")
+    return {file for file in compiled if called.intersection(DEFINITION.findall(file.read_text()))}
 
 
 def _with_includes(files: list[Path], root: Path) -> set[Path]:
