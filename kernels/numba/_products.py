@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tilewise import linear_loss
 from tilewise.kernels.numba._matmul import (
-    ADD,
     HEIGHT,
     LANES,
     SET,
@@ -20,13 +19,27 @@ from tilewise.kernels.numba._matmul import (
     multiply,
     transpose,
 )
-from tilewise.kernels.numba._parallel import Kernel, take
+from tilewise.kernels.numba._parallel import Kernel, callee, take
 from tilewise.kernels.numba._shared import thread_scratch
 from tilewise.kernels.numba._simd import address, kind, load, offset, pointer, real, store
+from tilewise.kernels.numba._stream import scratch_of
 
 # A tile of the result and what it is made of are to lie in L1, and the B of a block in L2.
 TALL, WIDE, DEEP = np.int64(32), np.int64(192), np.int64(512)
 SIDE = np.int64(64)  # of a square tile of logits
+LINKED = np.int64(256)  # of the depth of a logit, what is summed by itself
+
+
+_tile = scratch_of(TALL * WIDE)
+
+
+@callee
+def _add_tile(c, c_stride, part, part_stride, rows, cols):
+    """Chains are added to what is as small as they are, and that once to what may be large."""
+    for i in range(rows):
+        row, more = offset(c, i * c_stride), offset(part, i * part_stride)
+        for j in range(cols):
+            store(row, j, load(row, j) + load(more, j))
 
 
 @Kernel
@@ -37,18 +50,23 @@ def _product(
     top, left = task // groups * row_group, task % groups * col_group
     bottom, right = min(top + row_group, rows), min(left + col_group, cols)
     a, b, c = pointer(a_at, kind), pointer(b_at, kind), pointer(c_at, kind)
+    part = _tile(c)
     for deep in range((depth + DEEP - 1) // DEEP):
         k = deep * DEEP
-        old = ADD if add or deep > 0 else SET
         for tile in range((bottom - top + TALL - 1) // TALL):
             i = top + tile * TALL
             for strip in range((right - left + WIDE - 1) // WIDE):
                 j = left + strip * WIDE
+                height, width = min(TALL, bottom - i), min(WIDE, right - j)
+                to, to_stride = offset(c, i * c_stride + j), c_stride
+                if add or deep > 0:
+                    to, to_stride = part, WIDE
                 multiply(
-                    offset(c, i * c_stride + j), c_stride, offset(a, i * a_row + k * a_step),
-                    a_row, a_step, offset(b, k * b_stride + j), b_stride,
-                    min(TALL, bottom - i), min(WIDE, right - j), min(DEEP, depth - k), old,
+                    to, to_stride, offset(a, i * a_row + k * a_step), a_row, a_step,
+                    offset(b, k * b_stride + j), b_stride, height, width, min(DEEP, depth - k), SET,
                 )  # fmt: skip
+                if add or deep > 0:
+                    _add_tile(offset(c, i * c_stride + j), c_stride, part, WIDE, height, width)
 
 
 @Kernel
@@ -58,7 +76,7 @@ def _logits(
 ):  # fmt: skip
     # Classes times tokens, so that what is read a scalar at a time lies as it is; then transposed.
     scratch = offset(pointer(scratch_at, kind), thread * size)
-    turned = offset(scratch, SIDE * SIDE)
+    turned, part = offset(scratch, SIDE * SIDE), offset(scratch, 2 * SIDE * SIDE)
     tiles = (classes + SIDE - 1) // SIDE
     bias = pointer(bias_at, kind)
     tile = take(counter)
@@ -69,11 +87,16 @@ def _logits(
         for block in range((width + SIDE - 1) // SIDE):
             token = block * SIDE
             cols = min(SIDE, width - token)
-            multiply(
-                scratch, SIDE, weight, weight_stride, UNIT,
-                offset(pointer(hidden_at, kind), token), width,
-                (count + HEIGHT - 1) // HEIGHT * HEIGHT, cols, dim, SET,
-            )  # fmt: skip
+            height = (count + HEIGHT - 1) // HEIGHT * HEIGHT
+            for k in range(0, dim, LINKED):
+                to = part if k > 0 else scratch
+                multiply(
+                    to, SIDE, offset(weight, k), weight_stride, UNIT,
+                    offset(pointer(hidden_at, kind), k * width + token), width,
+                    height, cols, min(LINKED, dim - k), SET,
+                )  # fmt: skip
+                if k > 0:
+                    _add_tile(scratch, SIDE, part, SIDE, height, cols)
             transpose(turned, SIDE, scratch, SIDE, SIDE, cols)
             for i in range(min(cols, tokens - token)):
                 x = offset(turned, i * SIDE)
@@ -102,7 +125,7 @@ def logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> 
         if classes == 0:
             continue
         rows = _padded_rows(weight[first:]) if rows is None else rows
-        counter, scratch, size = thread_scratch(hidden, 2 * SIDE * SIDE)
+        counter, scratch, size = thread_scratch(hidden, 3 * SIDE * SIDE)
         threads = min(torch.get_num_threads(), -(-classes // int(SIDE)))
         _logits(
             threads, tokens * classes * dim, address(out[:, first:]), address(rows),

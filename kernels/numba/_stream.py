@@ -95,18 +95,25 @@ def emit_loop(builder, count, wide, streamed, step):
         step(i, 1, False)
 
 
-@intrinsic
-def scratch(typing_context, p):
-    """A chunk of the floats that arithmetic on the kind of `p` is done in, this function's own."""
-    wide = arithmetic_of(p.dtype)
+def scratch_of(count):
+    """Memory for `count` of the floats that arithmetic on the kind of `p` is done in."""
 
-    def emit(context, builder, signature, args):
-        size = ir.ArrayType(context.get_value_type(wide), int(CHUNK))
-        slot = cgutils.alloca_once(builder, size)
-        slot.align = LINE
-        return builder.bitcast(slot, size.element.as_pointer())
+    @intrinsic
+    def scratch(typing_context, p):
+        wide = arithmetic_of(p.dtype)
 
-    return types.CPointer(wide)(p), emit
+        def emit(context, builder, signature, args):
+            size = ir.ArrayType(context.get_value_type(wide), int(count))
+            slot = cgutils.alloca_once(builder, size)
+            slot.align = LINE
+            return builder.bitcast(slot, size.element.as_pointer())
+
+        return types.CPointer(wide)(p), emit
+
+    return scratch
+
+
+scratch = scratch_of(CHUNK)  # a function's own
 
 
 @intrinsic
