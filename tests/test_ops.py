@@ -16,6 +16,7 @@ from cases import (
     unless,
 )
 from functorch.compile import make_boxed_func
+from layouts import laid_out, misaligned, ragged, sliced, straight, strided
 from torch._dynamo.backends.common import aot_autograd
 
 from tilewise.check import check, compare, failures, outputs_and_grads
@@ -74,44 +75,6 @@ def test_same_input_same_bits(op, backend, dtype, size):
     call, _, tensors = case_or_skip(op, backend, dtype, size)
     first, second = (outputs_and_grads(op, call, tensors, {}) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-# How an operand may lie in memory. The rows of no two lie equally far apart, so that a kernel must
-# not mix up their strides.
-
-
-def straight(t, place):
-    return t
-
-
-def strided(t, place):
-    return torch.stack([t] * (place + 2), -1)[..., 0]
-
-
-def sliced(t, place):
-    return torch.nn.functional.pad(t, (0, 8 * (place + 1)))[..., : t.shape[-1]]
-
-
-def misaligned(t, place):
-    return torch.cat([t.flatten()[:1]] * (place + 1) + [t.flatten()])[place + 1 :].view(t.shape)
-
-
-def ragged(t, place):
-    return torch.nn.functional.pad(t, (0, 1))[..., : t.shape[-1]]
-
-
-def laid_out(op, call, tensors, layout):
-    """Outputs and gradients where each operand and what comes back is laid out by its place."""
-    inputs = leaves(op, tensors)
-    outs = as_list(call(*[t if t is None else layout(t, i) for i, t in enumerate(inputs)]))
-    floating = [out for out in outs if out.requires_grad]
-    if not floating:
-        return outs
-    generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(out.shape, generator=generator).to(out) for out in floating]
-    cotangents = [layout(c, len(inputs) + i) if c.ndim else c for i, c in enumerate(cotangents)]
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    return [*outs, *torch.autograd.grad(floating, wanted, cotangents)]
 
 
 LAYOUTS = [

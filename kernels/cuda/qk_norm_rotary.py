@@ -64,5 +64,4 @@ def qk_norm_rotary_backward(
         *places(position_ids, cu_seqlens, offset), cos.shape[0], *parts, interleaved,
         weight_offset, DTYPES[q.dtype], DTYPES[q_weight.dtype], DTYPES[cos.dtype], stream(q),
     )  # fmt: skip
-    none = q.new_empty(0)
-    return tuple(none if out is None else out for out in outs)
+    return tuple(q.new_empty(0) if out is None else out for out in outs)

@@ -48,6 +48,21 @@ def test_many_classes(backend, classes):
         assert_right(mine, yardstick, right)
 
 
+def test_true_classes_at_the_ends_of_blocks(backend):
+    classes = 8200
+    ends = [1024 * n + i for n in range(9) for i in (-1, 0, 1)]
+    places = [*ends[1:], classes - 1]
+    logits, _ = rows_of(len(places), classes)
+    target = torch.tensor(places, device=DEVICE)
+    runs = [(t, "reference") for t in (logits.double(), logits)] + [(logits, backend)]
+    truth, theirs, ours = (
+        loss_and_gradient(tilewise.cross_entropy, t, target, reduction="none", backend=by)
+        for t, by in runs
+    )
+    assert_right(ours[0], theirs[0], truth[0])
+    assert_right(ours[1], theirs[1], truth[1])
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_gradient_rows_sum_to_zero(backend, smoothing):
     logits, target = rows_of(37, 127)

@@ -43,6 +43,17 @@ def test_the_formula_by_hand(backend):
     torch.testing.assert_close(torch.stack(ours).cpu().double(), truth, rtol=1e-6, atol=1e-6)
 
 
+def test_a_cap_below_one(backend):
+    logits, target = rows_of(5, 33)
+    options = {"softcap": 0.5, "reduction": "none"}
+    truth, theirs, ours = (
+        loss_and_gradient(tilewise.cross_entropy, t, target, **options, backend=by)
+        for t, by in ((logits.double(), "reference"), (logits, "reference"), (logits, backend))
+    )
+    assert_right(ours[0], theirs[0], truth[0])
+    assert_right(ours[1], theirs[1], truth[1])
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import BACKENDS, DEVICE, case_or_skip
+from layouts import laid_out, sliced, straight
 from torch.nn import functional as F
 
 import tilewise
@@ -145,6 +146,7 @@ LAYOUTS = {
     ),
     "three dims": lambda t: torch.cat([t, t], -1).view(4, 6, -1)[..., : t.shape[-1]],
     "swapped": lambda t: t.view(4, 6, -1).transpose(0, 1),
+    "pairs": lambda t: torch.cat([t.view(12, 2, -1)] * 2, 1)[:, :2],
     "five dims": lambda t: t.view(2, 3, 2, 2, -1).transpose(0, 3),
 }
 
@@ -162,6 +164,14 @@ def test_rows_anywhere(op, backend, layout):
         results.append((y, *torch.autograd.grad(y, t, dy)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert results[0][0].is_contiguous()
+
+
+@pytest.mark.parametrize("op, backend", MINE)
+def test_wide_rows_anywhere(op, backend):
+    call, _, tensors = case_or_skip(op, backend, size={"rows": 3, "cols": 16400})
+    torch.testing.assert_close(
+        laid_out(op, call, tensors, sliced), laid_out(op, call, tensors, straight)
+    )
 
 
 @pytest.mark.parametrize("op, backend", PLAIN)
@@ -242,7 +252,7 @@ def test_the_backward_pass_draws_the_same_mask(op, backend):
 def test_dropout_of_nothing_and_of_everything(op, backend):
     case_or_skip(op, backend)
     x = torch.randn(5, COLS, device=DEVICE)
-    x[0, 0] = float("nan")
+    x[0, 0] = x[1, -1] = float("nan")
     residual = torch.randn(5, COLS, device=DEVICE)
     none, every = (op.call(x, residual, dropout_p=p, backend=backend)[1] for p in (0.0, 1.0))
     torch.testing.assert_close(none, x + residual, equal_nan=True)
