@@ -13,6 +13,7 @@ import tilewise
 from tilewise import linear_loss
 from tilewise.check import compare, nudged
 from tilewise.choice import refusal
+from tilewise.kernels.numba import _products
 from tilewise.op import OPS
 
 OP = OPS["linear_cross_entropy"]
@@ -302,3 +303,33 @@ def test_scores_beyond_half_precision(backend):
     target = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     loss = tilewise.linear_cross_entropy(hidden, weight, target, backend=backend)
     assert not math.isfinite(float(loss))
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("depth", [1, 255, 512, 513, 1100])
+def test_products_of_numba(depth, turned, add):
+    """Of any depth, from rows or columns, rows left over, onto what is there or not."""
+    torch.manual_seed(0)
+    a, b, start = torch.randn(75, depth), torch.randn(depth, 64), torch.randn(75, 80)
+    out = start.clone()[:, :64]
+    _products.product(out, a.t().contiguous().t() if turned else a, b, add)
+    start = start[:, :64] if add else torch.zeros(75, 64)
+    truth = start.double() + a.double() @ b.double()
+    error, allowed = compare(out, start + a @ b, truth)
+    assert error <= allowed
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dim", [1, 255, 256, 257, 700])
+def test_logits_of_numba(dim, biased):
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(67, dim), torch.randn(141, dim), torch.randn(141)
+    out = torch.empty(67, 150)[:, :141]
+    _products.logits(out, hidden, weight, bias if biased else None)
+    theirs, truth = (
+        h @ w.t() + biased * b
+        for h, w, b in ((hidden, weight, bias), (hidden.double(), weight.double(), bias.double()))
+    )
+    error, allowed = compare(out, theirs, truth)
+    assert error <= allowed
