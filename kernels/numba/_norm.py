@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tilewise.kernels.numba._dropout import SCALE, mark_kept
-from tilewise.kernels.numba._norm_rows import add_row, write_gradient, write_row
+from tilewise.kernels.numba._norm_rows import add_row, row_statistics, write_gradient, write_row
 from tilewise.kernels.numba._parallel import Kernel, callee
 from tilewise.kernels.numba._shared import partial_sums, parts_for
 from tilewise.kernels.numba._simd import (
@@ -20,7 +20,6 @@ from tilewise.kernels.numba._simd import (
     offset,
     pointer,
     real,
-    reciprocal_root,
     store,
 )
 from tilewise.kernels.numba._stream import CHUNK, finish_writes, scratch, streamed
@@ -54,32 +53,6 @@ def _add_row(total, x, residual, cols, dropout, row):
             mark_kept(factors, start, count, row, dropout, dropout[SCALE])
             branch, stream = offset(x, start), offset(residual, start)
             add_row(offset(total, start), branch, stream, factors, count)
-
-
-@callee
-def _statistics(x, cols, eps, means):
-    """mean, 0 where there are no `means`, and rstd."""
-    mean, left, square_sum = real(x, 0), real(x, 0), real(x, 0)
-    if means is None:
-        for start in range(0, cols, CHUNK):  # a sum of sums, for long rows
-            part, chunk = real(x, 0), offset(x, start)
-            for j in range(min(CHUNK, cols - start)):
-                v = load(chunk, j)
-                part += v * v
-            square_sum += part
-    else:
-        total = real(x, 0)
-        for j in range(cols):
-            total += load(x, j)
-        mean = total / real(x, cols)
-        for j in range(cols):
-            centred = load(x, j) - mean
-            left += centred
-            square_sum += centred * centred
-        left /= real(x, cols)  # by what rounding has moved a large mean
-        mean += left
-    variance = square_sum / real(x, cols) - left * left
-    return mean, reciprocal_root(variance + real(x, eps))
 
 
 @callee
@@ -140,13 +113,13 @@ def _forward(
         y = offset(pointer(y_at, kind), i * cols)
         added = real(y, weight_offset)
         if residual_at is None:
-            mean, rstd = _statistics(x, cols, eps, means)
+            mean, rstd = row_statistics(x, cols, eps, means)
             write_row(y, x, weight, bias, mean, rstd, added, cols, llama, past_caches)
         else:
             residual = offset(pointer(residual_at, sum_kind), i * residual_stride)
             total = offset(pointer(sum_at, sum_kind), i * cols)
             _add_row(total, x, residual, cols, dropout, i)
-            mean, rstd = _statistics(total, cols, eps, means)
+            mean, rstd = row_statistics(total, cols, eps, means)
             write_row(y, total, weight, bias, mean, rstd, added, cols, llama, past_caches)
         if mean_at is not None:
             store(means, i, mean)

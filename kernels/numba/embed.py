@@ -20,6 +20,7 @@ from tilewise.kernels.numba._lookup import (
     id_of,
     where_of,
 )
+from tilewise.kernels.numba._norm_rows import row_statistics, write_row
 from tilewise.kernels.numba._parallel import Kernel, callee, take
 from tilewise.kernels.numba._shared import partial_sums, parts_for, thread_scratch
 from tilewise.kernels.numba._simd import (
@@ -30,46 +31,26 @@ from tilewise.kernels.numba._simd import (
     offset,
     pointer,
     real,
-    reciprocal_root,
     store,
 )
+from tilewise.kernels.numba._stream import finish_writes, streamed
 
 # --- Forward.
 
 
 @callee
-def _statistics(x, cols, eps):
-    """mean and 1 / sqrt(var + eps)."""
-    total = real(x, 0)
-    for j in range(cols):
-        total += load(x, j)
-    mean = total / real(x, cols)
-    left, square_sum = real(x, 0), real(x, 0)
-    for j in range(cols):
-        centred = load(x, j) - mean
-        left += centred
-        square_sum += centred * centred
-    left /= real(x, cols)  # by what rounding has moved a large mean
-    variance = square_sum / real(x, cols) - left * left
-    return mean + left, reciprocal_root(variance + real(x, eps))
-
-
-@callee
-def _normalise(y, x, mean, rstd, weight_at, bias_at, weight_kind, cols):
-    weight, bias = pointer(weight_at, weight_kind), pointer(bias_at, weight_kind)
+def _normalise(y, x, mean, rstd, weight_at, bias_at, weight_kind, cols, past_caches):
+    weight, bias, none = pointer(weight_at, weight_kind), pointer(bias_at, weight_kind), real(x, 0)
     if bias_at:
-        for j in range(cols):
-            xhat = (load(x, j) - mean) * rstd
-            store(y, j, xhat * real(x, load(weight, j)) + real(x, load(bias, j)))
+        write_row(y, x, weight, bias, mean, rstd, none, cols, None, past_caches)
     else:
-        for j in range(cols):
-            store(y, j, (load(x, j) - mean) * rstd * real(x, load(weight, j)))
+        write_row(y, x, weight, None, mean, rstd, none, cols, None, past_caches)
 
 
 @Kernel
 def _forward(
     part, y_at, mean_at, rstd_at, scratch_at, where, weight_at, bias_at, dropout,
-    kind, wide, weight_kind, rows, cols, stride, parts, eps,
+    kind, wide, weight_kind, rows, cols, stride, parts, eps, past_caches,
 ):  # fmt: skip
     x = offset(pointer(scratch_at, wide), 2 * part * stride)
     factors = offset(x, stride)
@@ -80,13 +61,13 @@ def _forward(
             there = gather(x, i, where, kind, cols)
             mean, rstd = real(x, np.nan), real(x, np.nan)
             if there:
-                mean, rstd = _statistics(x, cols, eps)
+                mean, rstd = row_statistics(x, cols, eps, x)
             store(pointer(mean_at, wide), i, mean)
             store(pointer(rstd_at, wide), i, rstd)
             if dropping:
-                _normalise(x, x, mean, rstd, weight_at, bias_at, weight_kind, cols)
+                _normalise(x, x, mean, rstd, weight_at, bias_at, weight_kind, cols, False)
             elif there:
-                _normalise(y, x, mean, rstd, weight_at, bias_at, weight_kind, cols)
+                _normalise(y, x, mean, rstd, weight_at, bias_at, weight_kind, cols, past_caches)
         elif dropping:
             there = gather(x, i, where, kind, cols)
         else:
@@ -98,6 +79,8 @@ def _forward(
             drop(y, x, factors, cols)
         elif not there:
             fill(y, real(x, np.nan), cols)
+    if past_caches:
+        finish_writes()
 
 
 # --- Backward.
@@ -294,7 +277,7 @@ def embed_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
         parts, y.numel(), address(y), address(mean), address(rstd), address(scratch),
         where_of(*tables), address(weight), address(bias), draw(*dropout),
         kind(table), kind(rstd), kind(table if weight is None else weight),
-        rows, cols, scratch.shape[1], parts, eps,
+        rows, cols, scratch.shape[1], parts, eps, streamed(y),
     )  # fmt: skip
     return y, mean, rstd
 
