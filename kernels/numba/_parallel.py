@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import types
 from numba._dynfunc import make_function
 from numba.core import cgutils
-from numba.core.caching import FunctionCache
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, UserProvidedCacheLocator
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.extending import intrinsic
@@ -47,9 +47,17 @@ def _cache_folder() -> str:
     return str(Path(root) / "numba" / f"{numba.__version__}-{stamp}")
 
 
+class _Place(CompileResultCacheImpl):
+    """No other folder will do: beside the sources Numba would take old code for theirs."""
+
+    _locator_classes = [UserProvidedCacheLocator]
+
+
 class _Cache(FunctionCache):
     """Numba's own index misses in every process where a function closes over another one; here the
     folder's name already stands for every source."""
+
+    _impl_class = _Place
 
     def _index_key(self, signature, codegen):
         return signature, codegen.magic_tuple()
