@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import BACKENDS, as_list, case_or_skip, differentiable_or_skip, leaves, unless
 from test_ops import ops_called
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tilewise.check import NUDGES, compare, nudged
 
@@ -36,7 +37,13 @@ TRANSFORMS = {
 }
 
 
-# What is transformed is the reference, whatever the backend: `make test` compiles that of one.
+# What a graph is made of does not depend on the backend: `make test` has one of each op.
+FIRST_BACKENDS = [
+    pytest.param(*p.values, id=p.id, marks=unless(backend == next(iter(op.backends))))
+    for p in BACKENDS
+    for op, backend in [p.values]
+]
+# What is transformed is the reference, whatever the backend: compiled, one will do as well.
 TRANSFORMED = [
     pytest.param(*p.values, compiled, id=f"{p.id}-{'compiled' if compiled else 'eager'}",
                  marks=unless(not compiled or backend == next(iter(op.backends))))
@@ -57,6 +64,50 @@ def test_transforms(op, backend, compiled, transform):
     if compiled:
         run = torch.compile(run, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(run(*tensors), transform(reference, tensors))
+
+
+class Called(torch.nn.Module):
+    """An op as `torch.export` wants it."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, *tensors):
+        return self.call(*tensors)
+
+
+def ops_in(graph):
+    return {str(n.target).removesuffix(".default") for n in graph.nodes if n.op == "call_function"}
+
+
+@pytest.mark.parametrize("op, backend", FIRST_BACKENDS)
+def test_an_exported_program_contains_our_ops(op, backend):
+    call, _, tensors = case_or_skip(op, backend)
+    ours = {func.name().replace("::", ".") for func, _ in ops_called(lambda: call(*tensors))}
+    program = torch.export.export(Called(call), tuple(tensors))
+    assert ours and ours <= ops_in(program.graph)
+    torch.testing.assert_close(program.module()(*tensors), call(*tensors))
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("op, backend", FIRST_BACKENDS)
+def test_what_make_fx_records_contains_our_ops(op, backend, mode):
+    """Forward and backward in one graph."""
+    call, _, tensors = case_or_skip(op, backend)
+    ours = {func.name().replace("::", ".") for func, _ in ops_called(lambda: call(*tensors))}
+
+    def run(*tensors):
+        inputs = leaves(op, tensors)
+        outs = as_list(call(*inputs))
+        loss = [out.square().sum() for out in outs if out.requires_grad]
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        grads = torch.autograd.grad(loss, wanted) if loss else ()
+        return [*(out.detach() for out in outs), *grads]
+
+    recorded = make_fx(run, tracing_mode=mode)(*tensors)
+    assert ours and ours <= ops_in(recorded.graph)
+    torch.testing.assert_close(recorded(*tensors), run(*tensors))
 
 
 @pytest.mark.parametrize("op, backend", BACKENDS)
