@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import BACKENDS, DEVICE, case_or_skip
+from layouts import laid_out, sliced, straight
 from test_ops import ops_called
 
 import tilewise
@@ -120,6 +121,17 @@ def test_a_run_across_many_chunks_is_summed_whole(op, backend):
         tilewise.embed(ids, table, backend=backend).backward(dy)
         expected = torch.zeros(131, 5, dtype=torch.float64).index_add_(0, ids, dy.double())
         assert torch.equal(table.grad, expected.float())
+
+
+@pytest.mark.parametrize("op, backend", MINE)
+def test_wide_tables_anywhere(op, backend):
+    """Each with a stride of its own, wider than a block; by id and dropped out of."""
+    size = {"batch": 2, "seq": 2, "vocab": 3, "cols": 8195, "positions": 5, "segments": 4}
+    size |= {"norm": "like x", "given": True, "dropout": 0.1}
+    call, _, tensors = case_or_skip(op, backend, size=size)
+    torch.testing.assert_close(
+        laid_out(op, call, tensors, sliced), laid_out(op, call, tensors, straight)
+    )
 
 
 @pytest.mark.parametrize("op, backend", MINE)
