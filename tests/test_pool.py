@@ -212,3 +212,13 @@ def test_nowhere_to_write_the_cache(tmp_path):
     expected = run("print(norm()[0].double().sum().item())")
     assert run("print(norm()[0].double().sum().item())", **nowhere) == expected
     assert run(STATISTICS, **nowhere).split()[0] == "0"
+
+
+def test_compiling_warns_of_nothing(tmp_path):
+    script = """
+import warnings
+warnings.simplefilter("error")
+x = torch.ones(3, requires_grad=True)
+tilewise.gelu(x, backend="numba").sum().backward()
+"""
+    run(script, TILEWISE_CACHE=str(tmp_path))

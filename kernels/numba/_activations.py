@@ -38,8 +38,8 @@ def _normal_cdf(x):
         p, q = p * t + real(x, _P[4]), q * t + real(x, _Q[4])
         p, q = p * t + real(x, _P[5]), q * t + real(x, _Q[5])
         y = real(x, 0.5) + x * (p / q)
-        y = real(x, 0.0) if x < real(x, -_LAST) else y
-        return real(x, 1.0) if x > real(x, _LAST) else y
+        low = real(x, 0.0) if x < real(x, -_LAST) else y
+        return real(x, 1.0) if x > real(x, _LAST) else low
 
     return cdf
 

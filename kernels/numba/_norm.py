@@ -200,7 +200,7 @@ def normalise(
     """
     cols = x.shape[-1]
     rows = x.numel() // cols
-    y = x.new_empty(x.shape)
+    y = torch.empty_like(x, memory_format=CONTIGUOUS)
     total = None if residual is None else torch.empty_like(residual, memory_format=CONTIGUOUS)
     rstd = x.new_empty(rows, dtype=torch.promote_types(x.dtype, torch.float32))
     mean = torch.empty_like(rstd) if centred else None

@@ -1,7 +1,7 @@
 """Which backend runs: `backend=` > `with tilewise.backend(...)` > TILEWISE_BACKEND > automatic."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -138,10 +138,43 @@ def _strictly(op: Op, name: str, *tensors: Tensor | None, **options: Any) -> str
 
 
 def _automatic(op: Op, *tensors: Tensor | None, **options: Any) -> str:
-    for name, candidate in op.backends.items():
-        if _passed_over(name, candidate, *tensors, **options) is None:
+    first = tensors[op.leading]
+    assert first is not None
+    for name in _able(op.name, first.device.type, first.dtype):
+        candidate = op.backends.get(name)
+        if (
+            candidate is not None
+            and candidate.refuses(*tensors, **options) is None
+            and candidate.declines(*tensors, **options) is None
+        ):
             return name
     return "reference"
+
+
+_ABLE: dict[tuple[str, str, torch.dtype, bool], tuple[Mapping[str, Backend], list[str]]] = {}
+
+
+def _able(op: str, device: str, dtype: torch.dtype) -> list[str]:
+    """The backends that the automatic choice has to ask about tensors of this device and dtype.
+
+    Kept, as long as the op has the same backends, and as many are built: 0.4 us, not 3.
+    """
+    backends, key = OPS[op].backends, (op, device, dtype, native.is_built())
+    known = _ABLE.get(key)
+    if known is None or known[0] is not backends:
+        names = [
+            name
+            for name, candidate in backends.items()
+            if device in candidate.devices
+            and dtype in candidate.dtypes
+            and _present(candidate.needs)
+            and stand_in(name) is None
+        ]
+        known = _ABLE[key] = backends, names
+    return known[1]
+
+
+_able._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see op.transforming
 
 
 def explain(name: str, *tensors: Tensor | None, **options: Any) -> dict[str, str]:

@@ -77,22 +77,23 @@ def check_norm(
     casting: str,
 ) -> None:
     """Refuse what is wrong with the arguments of the norm named `op`."""
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: x must be floating point, got {x.dtype}")
+    dtype, shape, device = x.dtype, x.shape[-1:], x.device
+    if not dtype.is_floating_point:
+        raise TypeError(f"{op}: x must be floating point, got {dtype}")
     if x.ndim == 0:
         raise ValueError(f"{op}: x must be [..., cols], got a scalar")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if tensor.dtype not in (x.dtype, torch.float32):
-            raise TypeError(f"{op}: {name} must be {x.dtype} or torch.float32, got {tensor.dtype}")
-        if tensor.shape != x.shape[-1:]:
+        if tensor.dtype not in (dtype, torch.float32):
+            raise TypeError(f"{op}: {name} must be {dtype} or torch.float32, got {tensor.dtype}")
+        if tensor.shape != shape:
             raise ValueError(
                 f"{op}: x must be [..., cols] and {name} [cols], "
                 f"got {list(x.shape)} and {list(tensor.shape)}"
             )
-        if tensor.device != x.device:
-            raise RuntimeError(f"{op}: {name} must be on {x.device}, got {tensor.device}")
+        if tensor.device != device:
+            raise RuntimeError(f"{op}: {name} must be on {device}, got {tensor.device}")
     if weight is not None and bias is not None and bias.dtype != weight.dtype:
         raise TypeError(
             f"{op}: bias must have the dtype of weight, {weight.dtype}, got {bias.dtype}"

@@ -16,6 +16,7 @@ from tilewise.op import (
     differentiable_gradients,
     needs_gradient,
     register,
+    shaped,
     transforming,
     wide_dtype,
 )
@@ -146,7 +147,7 @@ def normalise(
         y = _Norm.apply(*arguments, op.name, chosen)  # type: ignore[no-untyped-call]
     else:
         y = _NORMS[op.name].forward(*arguments, chosen)[0]
-    return y.view(x.shape)
+    return shaped(y, x)
 
 
 def add_and_normalise(
@@ -192,7 +193,7 @@ def add_and_normalise(
         y, total = _AddNorm.apply(*arguments, op.name, chosen)  # type: ignore[no-untyped-call]
     else:
         y, total, *_ = _NORMS[op.name].forward(*arguments, chosen)
-    return y.view(x.shape), total.view(x.shape)
+    return shaped(y, x), shaped(total, x)
 
 
 def _apart(*numbers: Tensor | int) -> tuple[Tensor | int | None, ...]:

@@ -14,6 +14,7 @@ from tilewise.op import (
     declare,
     needs_gradient,
     register,
+    shaped,
     takes_all,
     transforming,
     wide_dtype,
@@ -75,7 +76,7 @@ def dropout_add(
     arguments = (as_rows(x), as_rows(residual), p, *as_arguments(seed, offset), chosen)
     run = _DropoutAdd.apply if needs_gradient(x, residual) else _forward
     y: Tensor = run(*arguments)  # type: ignore[no-untyped-call]
-    return y.view(x.shape)
+    return shaped(y, x)
 
 
 def _check(x: Tensor, residual: Tensor, p: float) -> None:

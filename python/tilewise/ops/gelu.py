@@ -17,6 +17,7 @@ from tilewise.op import (
     differentiable_gradients,
     needs_gradient,
     register,
+    shaped,
     takes_all,
     transforming,
     wide_dtype,
@@ -56,7 +57,7 @@ def gelu(x: Tensor, approximate: str = "none", *, backend: str | None = None) ->
         y = _GELU.apply(rows, approximate, chosen)  # type: ignore[no-untyped-call]
     else:
         y = _forward(rows, approximate, chosen)
-    return y.view(x.shape)
+    return shaped(y, x)
 
 
 def bias_gelu(
@@ -120,7 +121,7 @@ def bias_gelu(
         y = _BiasGELU.apply(*arguments, chosen)  # type: ignore[no-untyped-call]
     else:
         y = _bias_forward(*arguments, chosen)
-    return y.view(x.shape)
+    return shaped(y, x)
 
 
 def _check(op: str, x: Tensor, approximate: str) -> None:

@@ -20,6 +20,7 @@ from tilewise.op import (
     differentiable_gradients,
     needs_gradient,
     register,
+    shaped,
     takes_all,
     transforming,
     wide_dtype,
@@ -93,7 +94,7 @@ def glu(
         y = _GLU.apply(*rows, unit, chosen)  # type: ignore[no-untyped-call]
     else:
         y = _forward(*rows, *unit, chosen)
-    return y.view(gate.shape)
+    return shaped(y, gate)
 
 
 def glu_packed(

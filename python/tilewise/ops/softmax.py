@@ -23,6 +23,7 @@ from tilewise.op import (
     differentiable_gradients,
     needs_gradient,
     register,
+    shaped,
     takes_all,
     transforming,
     wide_dtype,
@@ -191,7 +192,7 @@ def _run(
             y = _Softmax.apply(as_rows(x), scale, log, chosen)  # type: ignore[no-untyped-call]
         else:
             y = _forward(as_rows(x), scale, log, chosen)
-        return y.view(x.shape)
+        return shaped(y, x)
     bias, mask = (None if t is None else spread(t, x) for t in (bias, mask))
     heads, queries = (1, 1, *x.shape)[-3:-1]
     zero = fully_masked == "zero"
@@ -200,7 +201,7 @@ def _run(
         y = _ScoredSoftmax.apply(as_rows(x), bias, mask, *arguments)  # type: ignore[no-untyped-call]
     else:
         y = _scored_forward(as_rows(x), bias, mask, *arguments)
-    return y.view(x.shape)
+    return shaped(y, x)
 
 
 class _Softmax(torch.autograd.Function):
