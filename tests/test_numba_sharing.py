@@ -1,10 +1,14 @@
-"""How the Numba kernels share out work: elements in chunks, scratch on cache lines of its own."""
+"""How the Numba kernels share out work and memory: chunks, cache lines of their own, none at all."""
 
 import pytest
 import torch
 
+import tilewise  # noqa: F401  (declares the ops)
+from tilewise.check import outputs_and_grads
+from tilewise.kernels.numba import _stream
 from tilewise.kernels.numba._elements import CHUNK, chunks
 from tilewise.kernels.numba._shared import CACHE_LINE, partial_sums, thread_scratch
+from tilewise.op import OPS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -41,3 +45,19 @@ def test_elements_with_gaps_are_chunks_of_rows(tensors):
     assert cut(6, 1) == (1, 6, 1, CHUNK, 1)
     assert cut(300, 100) == (8, 300, 100, 40, 100)
     assert cut(3, CHUNK + 1) == (6, 3, CHUNK + 1, 1, CHUNK)
+
+
+NORMED = [OPS[name] for name in ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")]
+STREAMING = [*((op, {"rows": 5, "cols": 160}) for op in NORMED),
+             (OPS["embed"], {"batch": 1, "seq": 5, "vocab": 3, "cols": 160, "norm": "like x"})]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op, size", STREAMING, ids=lambda value: getattr(value, "name", ""))
+def test_past_the_caches_go_the_same_bits(op, size, dtype, monkeypatch):
+    tensors, options = op.inputs(**size, device="cpu", dtype=dtype)
+    found = []
+    for least in (_stream.STREAMED_BYTES, 0):
+        monkeypatch.setattr(_stream, "STREAMED_BYTES", least)
+        found.append(outputs_and_grads(op, op.call, tensors, options | {"backend": "numba"}))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -63,6 +63,27 @@ def test_true_classes_at_the_ends_of_blocks(backend):
     assert_right(ours[1], theirs[1], truth[1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_numba_past_the_caches(dtype, monkeypatch):
+    """To rows that begin on lines of the caches and end within one."""
+    from tilewise.kernels.numba import _logits
+
+    logits, target = rows_of(5, 2181, dtype)
+    numbers, dlosses = (-100, 0.1, 0.0, 0.0, 1.0), torch.rand(1, 5, dtype=_logits._wide(logits))
+    _, _, statistics = _logits.row_losses(logits[None], target[None], None, numbers)
+    found = []
+    for least in (_logits.STREAMED, 0):
+        monkeypatch.setattr(_logits, "STREAMED", least)
+        memory = torch.full((1, 5, 2240), 7, dtype=dtype)
+        _logits.row_gradients(
+            memory[..., :2181], dlosses, None, logits[None], target[None], None, statistics,
+            0, 2181, numbers,
+        )  # fmt: skip
+        found.append(memory)
+    assert torch.equal(*found)
+    assert bool((found[1][..., 2181:] == 7).all()) and not bool((found[1][..., :2181] == 7).any())
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_gradient_rows_sum_to_zero(backend, smoothing):
     logits, target = rows_of(37, 127)
