@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from cases import label, leaves
+from cases import MAIN_DTYPES, label, leaves, unless
 
 from tilewise.check import cases
 from tilewise.choice import refusal
@@ -69,7 +69,8 @@ def smallest_cases():
         for backend, dtype, size in cases(op):
             if backend == "triton" and size in [op.sizes[i] for i in some[:2]]:
                 name = label(op, backend, dtype, size)
-                found.append(pytest.param(op, dtype, size, id=name))
+                marks = unless(dtype in MAIN_DTYPES)
+                found.append(pytest.param(op, dtype, size, id=name, marks=marks))
     return found
 
 
