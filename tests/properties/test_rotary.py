@@ -138,6 +138,26 @@ def test_gradients_of_any_stride(backend, layout):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("bent", range(3), ids=["batch", "head", "seq"])
+@pytest.mark.parametrize("which", range(4), ids=["q", "k", "dq", "dk"])
+def test_one_stride_that_no_vector_divides(backend, which, bent):
+    """Vectors are for heads that can all be read by them."""
+    plain = [heads(2, 3, 5, 64, seed=i) for i in range(4)]
+    strides = [3 * 5 * 80, 5 * 80, 80]
+    for i in range(bent + 1):  # so that what is further out still lies behind what is further in
+        strides[i] += 8 * (bent - i)
+    strides[bent] += 1
+    odd = torch.zeros(8000, device=DEVICE).as_strided((2, 3, 5, 64), (*strides, 1))
+    mixed = [odd.copy_(t) if i == which else t for i, t in enumerate(plain)]
+    cos, sin = tables(5, 64)
+    found = []
+    for q, k, dq, dk in (plain, mixed):
+        q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
+        outs = tilewise.rotary(q, k, cos, sin, backend=backend)
+        found.append((*outs, *torch.autograd.grad(outs, (q, k), (dq, dk))))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 5)])
 def test_position_ids_take_rows_of_the_tables(backend, shape):
     q, k = heads(2, 3, 5, 8), heads(2, 1, 5, 8, seed=1)
