@@ -26,9 +26,18 @@ using Same = T;
 // again, instead of keeping that in registers for as long. The machine does nothing here.
 __device__ __forceinline__ void forget(uint32_t& word) { asm volatile("" : "+r"(word)); }
 
+// 2^x, two units in the last place off at most; 0 instead of a subnormal number.
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 #else
 
 inline void forget(uint32_t&) {}
+
+inline float exp2_approximate(float x) { return exp2f(x); }
 
 #endif
 

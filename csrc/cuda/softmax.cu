@@ -11,14 +11,8 @@ constexpr int kBackwardHeld = 4;  // of y, and of dy
 // instructions of expf leaves memory as what bounds these kernels.
 template <typename T>
 __device__ float exponential(float x) {
-#ifdef __CUDACC__
-  if constexpr (sizeof(T) < sizeof(float)) {
-    constexpr float kLog2E = 1.44269504f;
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * kLog2E));
-    return y;
-  }
-#endif
+  constexpr float kLog2E = 1.44269504f;
+  if constexpr (sizeof(T) < sizeof(float)) return exp2_approximate(x * kLog2E);
   return expf(x);
 }
 

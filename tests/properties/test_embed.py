@@ -35,20 +35,21 @@ def test_one_table_is_the_embedding_of_torch_to_the_bit(op, backend):
         assert torch.equal(tilewise.embed(ids, TABLE, backend=backend), expected)
 
 
+@pytest.mark.parametrize("norm", [(WEIGHT, BIAS), (WEIGHT,)], ids=["bias", "no bias"])
 @pytest.mark.parametrize("op, backend", MINE)
-def test_it_is_the_layers_of_torch_one_after_the_other(op, backend):
+def test_it_is_the_layers_of_torch_one_after_the_other(op, backend, norm):
     case_or_skip(op, backend)
 
-    def theirs(table, positions, kinds, weight, bias):
+    def theirs(table, positions, kinds, *norm):
         x = F.embedding(IDS, table) + positions + F.embedding(SEGMENTS, kinds)
-        return F.layer_norm(x, (24,), weight, bias, 1e-12)
+        return F.layer_norm(x, (24,), *norm, eps=1e-12)
 
-    def ours(table, positions, kinds, weight, bias):
+    def ours(table, positions, kinds, *norm):
         return tilewise.embed(
-            IDS, table, None, positions, SEGMENTS, kinds, weight, bias, eps=1e-12, backend=backend
+            IDS, table, None, positions, SEGMENTS, kinds, *norm, eps=1e-12, backend=backend
         )
 
-    tensors, dy = (TABLE, POSITIONS, KINDS, WEIGHT, BIAS), torch.randn(2, 3, 24)
+    tensors, dy = (TABLE, POSITIONS, KINDS, *norm), torch.randn(2, 3, 24)
     runs = []
     for function, dtype in (
         (ours, torch.float32),
