@@ -17,19 +17,20 @@ from tilewise.verify.promises import PROMISES
 
 
 def groups():
-    """By default one dtype on one architecture; the others differ in the width of a load."""
+    """By default a few sizes of one dtype on one architecture; others differ in a load's width."""
+    yield pytest.param("sm_90", "bfloat16", ["--quick"], id="bfloat16-sm_90-quick")
     for architecture in ARCHITECTURES:
         for dtype in sorted(str(dtype).removeprefix("torch.") for dtype in FLOATS):
-            slow = [] if (architecture, dtype) == ("sm_90", "bfloat16") else [pytest.mark.slow]
-            yield pytest.param(architecture, dtype, id=f"{dtype}-{architecture}", marks=slow)
+            name = f"{dtype}-{architecture}"
+            yield pytest.param(architecture, dtype, [], id=name, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("architecture, dtype", list(groups()))
-def test_kernels_keep_their_promises(architecture, dtype, tmp_path, capsys):
+@pytest.mark.parametrize("architecture, dtype, words", list(groups()))
+def test_kernels_keep_their_promises(architecture, dtype, words, tmp_path, capsys):
     if baseline.committed("triton", architecture) is None:
         pytest.skip(f"{baseline.version('triton')} on {architecture} has no baseline to hold to")
     file = tmp_path / "kernels.json"
-    words = ["kernels", "--arch", architecture, "--dtype", dtype, "--json", str(file)]
+    words = ["kernels", "--arch", architecture, "--dtype", dtype, "--json", str(file), *words]
     status = cli.main(words)
     said = capsys.readouterr().out
     rows = json.loads(file.read_text())["kernels"]
@@ -127,6 +128,7 @@ WRONG = {
     "--json /missing/file": "/missing/file: must be a file in a folder that exists",
     "--baseline /missing": "--baseline: /missing must be one of tilewise, got FileNotFoundError",
     "--baseline /missing --update": "--update: must come without --baseline, got both",
+    "--quick --update": "--update: must come without --quick, got both",
     "--prune gelu": "--prune: must be one of ",
     "--prune rms_norm --workload 9": "--workload: must be 0 to 1, got 9",
 }

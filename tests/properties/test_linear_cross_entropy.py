@@ -305,6 +305,22 @@ def test_scores_beyond_half_precision(backend):
     assert not math.isfinite(float(loss))
 
 
+@pytest.mark.parametrize("memory", MODES)
+def test_gradients_are_proportional_to_the_one_from_above(backend, memory):
+    """To powers of two, whose products are exact; of 1 there is nothing to multiply by."""
+    *tensors, target = inputs()
+    found = []
+    for upstream in (1.0, 2.0, 0.5, 0.0):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        loss = tilewise.linear_cross_entropy(
+            leaves[0], leaves[1], target, linear_bias=leaves[2], memory=memory, backend=backend
+        )
+        found.append((upstream, torch.autograd.grad(upstream * loss, leaves)))
+    for upstream, gradients in found:
+        for ours, unit in zip(gradients, found[0][1], strict=True):
+            assert torch.equal(ours, upstream * unit)
+
+
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("depth", [1, 255, 512, 513, 1100])

@@ -5,7 +5,7 @@ for an architecture; docs/kernel_report.md says how to read what is printed, and
 """
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -23,8 +23,9 @@ from tilewise.cli.arguments import (
     write_json,
 )
 from tilewise.cli.console import print_table, with_progress
-from tilewise.op import FLOATS, INTERPRETED, OPS
+from tilewise.op import FLOATS, INTERPRETED, OPS, Op, Size
 from tilewise.verify import baseline, cuda_kernels, launched, search_space
+from tilewise.verify.ahead_of_time import few_sizes, sizes_to_launch
 from tilewise.verify.architectures import ARCHITECTURES
 from tilewise.verify.kernel import Kernel
 from tilewise.verify.kernel_report import Task, plan, processes, report
@@ -42,6 +43,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--arch", default="sm_90", metavar="ARCH", help=f"of {known}, several by commas, or all"
     )
     parser.add_argument("--dtype", help="only this dtype, such as bfloat16")
+    parser.add_argument(
+        "--quick", action="store_true", help="of the sizes that are checked only the first two"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument(
         "--baseline", metavar="FILE", help="compare with this instead of what is committed"
@@ -79,11 +83,13 @@ def run(arguments: Namespace) -> int:
     ops = [op.name for op in named_ops(arguments.ops)]
     if arguments.launched:
         return run_launched(ops, dtype or torch.bfloat16, file)
-    if arguments.update and arguments.baseline:
-        raise Refusal("--update: must come without --baseline, got both")
+    for other in ("baseline", "quick"):
+        if arguments.update and getattr(arguments, other):
+            raise Refusal(f"--update: must come without --{other}, got both")
     given = given_baseline(arguments.baseline)
     dtypes = sorted(FLOATS, key=str) if dtype is None else [dtype]
-    rows = compiled(ops if arguments.ops else [], ops, dtypes, architectures)
+    sizes = few_sizes if arguments.quick else sizes_to_launch
+    rows = compiled(ops if arguments.ops else [], ops, dtypes, architectures, sizes)
     if arguments.update:
         update(rows, whole=not arguments.ops and dtype is None)
     return show(rows, given, file)
@@ -116,7 +122,11 @@ def given_baseline(path: str | None) -> baseline.Figures | None:
 
 
 def compiled(
-    asked: list[str], ops: list[str], dtypes: list[torch.dtype], architectures: list[str]
+    asked: list[str],
+    ops: list[str],
+    dtypes: list[torch.dtype],
+    architectures: list[str],
+    sizes: Callable[[Op], Sequence[Size]],
 ) -> list[Kernel]:
     """A row for each distinct kernel: Triton's, and where there is an nvcc, those in CUDA C++."""
     if lacks := cuda_kernels.missing():
@@ -126,7 +136,7 @@ def compiled(
     # nvcc is a program of its own, and runs beside: few long tasks at the end would be waited for.
     with processes() as pool, ThreadPoolExecutor(1) as beside:
         compiling = beside.map(lambda task: cuda_kernels.kernels_of(task, wanted), files)
-        tasks = plan(pool, ops, dtypes, architectures)
+        tasks = plan(pool, ops, dtypes, architectures, sizes)
         rows = dict(with_progress(report(pool, tasks), "compiling", len(tasks)))
         cuda = list(with_progress(compiling, "nvcc", len(files)))
     found = [rows[place] for place in range(len(tasks))]

@@ -31,6 +31,8 @@ Options = Mapping[str, Any]
 # What a row is made by: a change of these makes every one that was kept out of date.
 READERS = ("architectures.py", "disassembly.py", "kernel.py")
 
+FEW = 2  # sizes
+
 _DEVICES = count(1000)
 
 
@@ -87,6 +89,12 @@ def _on_meta(argument: Any) -> Any:
 def sizes_to_launch(op: Op) -> list[Size]:
     """The declared sizes with something to launch: those checked, and those timed."""
     return [size for size in (*op.sizes, *op.workloads) if 0 not in size.values()]
+
+
+def few_sizes(op: Op) -> list[Size]:
+    """Of those checked only the first, and those timed: a third of all kernels."""
+    checked = [size for size in op.sizes if 0 not in size.values()]
+    return [*checked[:FEW], *op.workloads]
 
 
 # --- Launches that only compile.

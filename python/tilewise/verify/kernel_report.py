@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 from tilewise import toolchain
-from tilewise.op import OPS, Size, interpreting
+from tilewise.op import OPS, Op, Size, interpreting
 from tilewise.verify.ahead_of_time import (
     Call,
     Launch,
@@ -130,14 +130,11 @@ def plan(
     ops: Iterable[str],
     dtypes: Sequence[torch.dtype],
     architectures: Sequence[str],
-    sizes: Sequence[Size] | None = None,
+    sizes: Callable[[Op], Sequence[Size]] = sizes_to_launch,
 ) -> list[Task]:
-    """One task for each distinct Triton kernel that `ops` launch, forward and backward.
-
-    `sizes` are those declared, unless given.
-    """
+    """One task for each distinct Triton kernel that `ops` launch, forward and backward."""
     each = [
-        (op, str(dtype).removeprefix("torch."), tuple(architectures), sizes)
+        (op, str(dtype).removeprefix("torch."), tuple(architectures), sizes(OPS[op]))
         for op in ops
         for dtype in dtypes
         if "triton" in OPS[op].backends and dtype in OPS[op].backends["triton"].dtypes
@@ -166,12 +163,12 @@ def _launches(
     return launches
 
 
-def _tasks(asked: tuple[str, str, tuple[str, ...], Sequence[Size] | None]) -> list[Task]:
+def _tasks(asked: tuple[str, str, tuple[str, ...], Sequence[Size]]) -> list[Task]:
     op, dtype, architectures, sizes = asked
     return [
         Task(op, dtype, architecture, size, place, one.kernel, one.options, one.identity)
         for architecture in architectures
-        for size in (sizes_to_launch(OPS[op]) if sizes is None else sizes)
+        for size in sizes
         for place, one in enumerate(_launches(op, dtype, size, architecture, lambda place: False))
     ]
 
@@ -180,17 +177,37 @@ def _tasks(asked: tuple[str, str, tuple[str, ...], Sequence[Size] | None]) -> li
 
 
 def report(pool: Executor, tasks: Sequence[Task]) -> Iterator[tuple[int, Kernel]]:
-    """Places among `tasks` and their kernels, as they are compiled, or found in the cache."""
+    """Places among `tasks` and their kernels, as they are compiled, or found in the cache.
+
+    What two ops launch alike is compiled once.
+    """
     folder = _cache_folder()
-    missing = []
+    missing, twins = dict[str, int](), dict[int, list[int]]()
     for place, task in enumerate(tasks):
         if (kernel := _kept(folder / f"{task.identity}.json", task)) is not None:
             yield place, kernel
-        else:
-            missing.append(place)
-    groups = _groups(tasks, missing)
+        elif (first := missing.setdefault(_key(task), place)) != place:
+            twins.setdefault(first, []).append(place)
+    for place, kernel in _made(pool, tasks, list(missing.values())):
+        yield place, kernel
+        for twin in twins.get(place, ()):
+            yield twin, _named(kernel, tasks[twin])
+
+
+def _key(task: Task) -> str:
+    """The same for tasks with one kernel."""
+    return f"{task.identity} {sorted(task.instead.items())}"
+
+
+def _made(
+    pool: Executor, tasks: Sequence[Task], places: Sequence[int]
+) -> Iterator[tuple[int, Kernel]]:
+    """These places among `tasks` and their kernels, as they are compiled."""
+    folder = _cache_folder()
+    groups = _groups(tasks, places)
     alone = []
-    for i, rows in spread(pool, _compile, [[tasks[place] for place in group] for group in groups]):
+    work = [[tasks[place] for place in group] for group in groups]
+    for i, rows in spread(pool, _compile, work):
         if rows is None and len(groups[i]) > 1:
             alone += groups[i]  # to see whose fault it was
             continue
@@ -258,8 +275,13 @@ def _kept(file: Path, task: Task) -> Kernel | None:
         found = Kernel(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):
         return None
+    return _named(found, task)
+
+
+def _named(kernel: Kernel, task: Task) -> Kernel:
+    """The kernel as that of another task which launches it."""
     size = dict(task.size)
-    return replace(found, op=task.op, dtype=task.dtype, size=size, launch=task.place)
+    return replace(kernel, op=task.op, dtype=task.dtype, size=size, launch=task.place)
 
 
 def _keep(file: Path, kernel: Kernel) -> None:

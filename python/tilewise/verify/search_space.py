@@ -47,7 +47,9 @@ def candidates(
     shipped = plan(pool, [op], [dtype], [architecture])
     wanted, space = dict(OPS[op].workloads[workload]), space_of(op)
     chosen = {task.kernel: task for task in shipped}
-    chosen |= {task.kernel: task for task in plan(pool, [op], [dtype], [architecture], [wanted])}
+    chosen |= {
+        task.kernel: task for task in plan(pool, [op], [dtype], [architecture], lambda _: [wanted])
+    }
     found = []
     for task in chosen.values():
         options = space.get(task.kernel, {})
