@@ -61,6 +61,19 @@ def test_a_dispatch_mode_sees_the_op():
     assert [func.name() for func, _ in ops_called(call)] == [OP]
 
 
+def test_a_function_mode_sees_the_op():
+    seen = []
+
+    class Recorder(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        call()
+    assert any("rms_norm_forward" in name for name in seen)
+
+
 def test_the_profiler_sees_the_op():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()

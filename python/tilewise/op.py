@@ -225,6 +225,7 @@ def _is_observed() -> bool:
     """Whether a mode, a trace or the profiler looks at the ops that are called."""
     return bool(
         torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state()
         or profiler._is_profiler_enabled
     )
