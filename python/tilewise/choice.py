@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tilewise import native
-from tilewise.op import OPS, Backend, Op, stand_in
+from tilewise.op import OPS, Backend, Op, stand_in, takes_all
 
 BACKENDS = ("cuda", "numba", "triton", "reference")
 
@@ -142,11 +142,12 @@ def _automatic(op: Op, *tensors: Tensor | None, **options: Any) -> str:
     assert first is not None
     for name in _able(op.name, first.device.type, first.dtype):
         candidate = op.backends.get(name)
-        if (
-            candidate is not None
-            and candidate.refuses(*tensors, **options) is None
-            and candidate.declines(*tensors, **options) is None
-        ):
+        if candidate is None:
+            continue
+        for ask in (candidate.refuses, candidate.declines):
+            if ask is not takes_all and ask(*tensors, **options):
+                break
+        else:
             return name
     return "reference"
 

@@ -40,6 +40,10 @@ def stand_in(backend: str) -> str | None:
     return "emulated" if backend == "cuda" and native.EMULATED else None
 
 
+def takes_all(*tensors: Tensor | None, **options: Any) -> None:
+    """What `refuses` and `declines` nothing."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op.
@@ -59,8 +63,8 @@ class Backend:
     needs: str
     devices: frozenset[str]
     dtypes: frozenset[torch.dtype]
-    refuses: Callable[..., str | None] = lambda *tensors, **options: None
-    declines: Callable[..., str | None] = lambda *tensors, **options: None
+    refuses: Callable[..., str | None] = takes_all
+    declines: Callable[..., str | None] = takes_all
     leading: int = 0
 
 
@@ -135,10 +139,6 @@ def backends_of(
         for name, (refuses, needs, devices, dtypes) in table.items()
         if refuses is not None
     }
-
-
-def takes_all(*tensors: Tensor | None, **options: Any) -> None:
-    """A `refuses` that refuses nothing."""
 
 
 # --- What PyTorch sees.
