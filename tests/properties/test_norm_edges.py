@@ -167,8 +167,17 @@ def test_rows_anywhere(op, backend, layout):
 
 
 @pytest.mark.parametrize("op, backend", MINE)
+def test_all_that_a_block_has(op, backend):
+    """The most columns that are one block's on a GPU, with sums in more than 48 KB of its memory."""
+    extra = [torch.randn(3, 8192, device=DEVICE)] * (op.name in ADDING)
+    x, weight = torch.randn(3, 8192, device=DEVICE), torch.randn(8192, device=DEVICE)
+    tensors = (t.bfloat16() for t in (x, *extra, weight, weight.flip(0)))
+    held(op, backend, *tensors, eps=0.1)
+
+
+@pytest.mark.parametrize("op, backend", MINE)
 def test_wide_rows_anywhere(op, backend):
-    call, _, tensors = case_or_skip(op, backend, size={"rows": 3, "cols": 16400})
+    call, _, tensors = case_or_skip(op, backend, size={"rows": 3, "cols": 16400, "bias": True})
     torch.testing.assert_close(
         laid_out(op, call, tensors, sliced), laid_out(op, call, tensors, straight)
     )
