@@ -64,7 +64,7 @@ def asked(backend: str, ops: Sequence[str], path: str = "") -> list[str]:
     line = f"tilewise.{module} import"
     direct = [f for f in (ROOT / "tests").glob("test_*.py") if line in f.read_text("utf-8")]
     wanted += [f"({f.name} and {backend})" for f in (*own, *direct)]
-    files = ["tests/test_ops.py", *properties, *sorted(direct)]
+    files = ["tests/test_ops.py", "tests/test_transforms.py", *properties, *sorted(direct)]
     return [*(str(f).removeprefix(f"{ROOT}/") for f in files), "-k", " or ".join(wanted)]
 
 

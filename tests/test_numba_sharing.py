@@ -5,7 +5,7 @@ import torch
 
 import tilewise  # noqa: F401  (declares the ops)
 from tilewise.check import outputs_and_grads
-from tilewise.kernels.numba import _stream
+from tilewise.kernels.numba import _parallel, _stream
 from tilewise.kernels.numba._elements import CHUNK, chunks
 from tilewise.kernels.numba._shared import CACHE_LINE, partial_sums, thread_scratch
 from tilewise.op import OPS
@@ -62,3 +62,31 @@ def test_past_the_caches_goes_the_same(name, dtype, monkeypatch):
         options["backend"] = "numba"
         found.append(outputs_and_grads(OPS[name], OPS[name].call, tensors, options))
     torch.testing.assert_close(*found)
+
+
+# Enough rows that threads meet; where the last declared size has few.
+LARGE = {
+    "embed": {"batch": 8, "seq": 40, "vocab": 9, "cols": 200, "positions": 40, "norm": "like x",
+              "dropout": 0.1},
+    **{name: {"rows": 300, "cols": 200} for name in NORMS},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [op.name for op in OPS.values() if "numba" in op.backends])
+def test_threads_change_no_bit(name, monkeypatch):
+    """Even of rows that one thread has done before another begins, so that what is scratch for one
+    is not another's."""
+    op = OPS[name]
+    tensors, options = op.inputs(**LARGE.get(name, op.sizes[-1]), device="cpu", dtype=torch.float32)
+    options["backend"] = "numba"
+    monkeypatch.setattr(_parallel, "SERIAL_BELOW", 0)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = outputs_and_grads(op, op.call, tensors, options)
+        torch.set_num_threads(4)
+        for _ in range(3):
+            together = outputs_and_grads(op, op.call, tensors, options)
+            assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+    finally:
+        torch.set_num_threads(before)

@@ -28,7 +28,7 @@ def _join_kernel(
     mask = col < cols
     first = chunk * chunk_rows
     following = tl.minimum(first + chunk_rows, rows - 1)
-    key = key_of(keys_ptr, (following - 1) // repeats)
+    key = key_of(keys_ptr, tl.maximum(following - 1, 0) // repeats)
     goes_on = (first + chunk_rows < rows) & (key_of(keys_ptr, following // repeats) == key)
     before = tl.maximum(first - 1, 0)
     began_before = (first > 0) & (key_of(keys_ptr, before // repeats) == key)

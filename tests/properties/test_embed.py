@@ -7,7 +7,7 @@ from layouts import laid_out, sliced, straight
 from test_ops import ops_called
 
 import tilewise
-from tilewise.check import compare
+from tilewise.check import compare, outputs_and_grads
 from tilewise.rng import keep_mask
 
 pytestmark = pytest.mark.usefixtures("on_the_device")
@@ -87,7 +87,7 @@ def test_positions_by_default_and_by_id_are_one(op, backend):
 
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("op, backend", MINE)
-def test_an_id_of_no_row_is_nan_and_has_no_gradient(op, backend, normed):
+def test_an_id_of_no_row_is_nan_and_has_no_gradient(op, backend, normed, monkeypatch):
     """Whichever of the three it is, and however far off; nothing outside the tables is read."""
     case_or_skip(op, backend)
     ids, positions, segments = IDS.clone(), torch.arange(3).repeat(2, 1), SEGMENTS.clone()
@@ -104,6 +104,9 @@ def test_an_id_of_no_row_is_nan_and_has_no_gradient(op, backend, normed):
         return y.detach(), torch.autograd.grad(torch.where(y.isnan(), 0, y.cos()).sum(), given)
 
     y, grads = run(slice(None))
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    torch.full_like(y, 7.0)  # what most likely lies where y will
+    y = run(slice(None))[0]
     assert torch.equal(y.isnan().all(-1), ~good)
     assert not y[good].isnan().any()
     clean, wanted = run(good)
@@ -133,6 +136,25 @@ def test_wide_tables_anywhere(op, backend):
     torch.testing.assert_close(
         laid_out(op, call, tensors, sliced), laid_out(op, call, tensors, straight)
     )
+
+
+@pytest.mark.parametrize("seed, offset", [([5, 6], 3), (5, [3, 4])], ids=["seeds", "offsets"])
+@pytest.mark.parametrize("op, backend", MINE)
+def test_wide_rows_with_a_seed_or_an_offset_each(op, backend, seed, offset):
+    size = {"batch": 1, "seq": 2, "vocab": 3, "cols": 8195, "norm": "like x"}
+    call, _, tensors = case_or_skip(op, backend, size=size)
+    numbers = {n: torch.tensor(v, device=DEVICE) for n, v in (("seed", seed), ("offset", offset))}
+    options = {"dropout_p": 0.3, **numbers}
+    expected = outputs_and_grads(op, call, tensors, options | {"backend": "reference"})
+    torch.testing.assert_close(outputs_and_grads(op, call, tensors, options), expected)
+
+
+@pytest.mark.parametrize("op, backend", MINE)
+def test_one_row(op, backend):
+    case_or_skip(op, backend)
+    (table,) = leaves(TABLE)
+    tilewise.embed(torch.tensor([2], device=DEVICE), table, backend=backend).sum().backward()
+    assert torch.equal(table.grad, torch.eye(5, device=DEVICE)[2, :, None].expand(5, 24))
 
 
 @pytest.mark.parametrize("op, backend", MINE)

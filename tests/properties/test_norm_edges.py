@@ -70,6 +70,16 @@ def test_a_large_mean_with_little_beside_it(op, backend, cols):
     assert error <= allowed
 
 
+@pytest.mark.parametrize("cols", [1000, 16400])
+@pytest.mark.parametrize("op, backend", [p for p in MINE if "layer_norm-numba" in p.id])
+def test_a_mean_that_is_no_number(op, backend, cols):
+    """It is between the only two numbers of a row: these are two deviations apart all the same."""
+    one, other = 8192.0, 8192.0 + 2**-10
+    x = torch.tensor([one, other], device=DEVICE).repeat(3, cols // 2)
+    y = normed(op, backend, x, eps=0.0)
+    torch.testing.assert_close(y[:, 1::2] - y[:, ::2], torch.full_like(y[:, ::2], 2.0))
+
+
 @pytest.mark.parametrize("op, backend", MINE)
 def test_fp16_does_not_overflow_on_the_way(op, backend):
     x = torch.full((2, COLS), 6e4, device=DEVICE, dtype=torch.float16)
@@ -168,7 +178,7 @@ def test_rows_anywhere(op, backend, layout):
 
 @pytest.mark.parametrize("op, backend", MINE)
 def test_all_that_a_block_has(op, backend):
-    """The most columns that are one block's on a GPU, with sums in more than 48 KB of its memory."""
+    """Of halves the most columns that a GPU gives to one block."""
     extra = [torch.randn(3, 8192, device=DEVICE)] * (op.name in ADDING)
     x, weight = torch.randn(3, 8192, device=DEVICE), torch.randn(8192, device=DEVICE)
     tensors = (t.bfloat16() for t in (x, *extra, weight, weight.flip(0)))
