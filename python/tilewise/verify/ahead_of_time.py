@@ -192,6 +192,8 @@ def compiling_only(
             if "maxnreg" in kwargs and "num_warps" in other:
                 other |= launch_options(other["num_warps"])
             options = kwargs | other
+            if architecture.backend != "cuda":  # the others know no such limit
+                options.pop("maxnreg", None)
             kernel = run(self, *args, grid=grid, warmup=True, **options)
         if not about:  # compiled before, in this block
             first = next(one for one in launches if one.compiled is kernel)
