@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import types
 from numba._dynfunc import make_function
 from numba.core import cgutils
-from numba.core.caching import CompileResultCacheImpl, FunctionCache, UserProvidedCacheLocator
+from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.extending import intrinsic
@@ -50,7 +50,11 @@ def _cache_folder() -> str:
 class _Place(CompileResultCacheImpl):
     """No other folder will do: beside the sources Numba would take old code for theirs."""
 
-    _locator_classes = [UserProvidedCacheLocator]
+    _locator_classes = [
+        locator
+        for locator in CompileResultCacheImpl._locator_classes
+        if locator.__name__.strip("_") == "UserProvidedCacheLocator"
+    ]
 
 
 class _Cache(FunctionCache):

@@ -40,11 +40,11 @@ from tilewise.kernels.numba._stream import finish_writes, streamed
 
 @callee
 def _normalise(y, x, mean, rstd, weight_at, bias_at, weight_kind, cols, past_caches):
-    weight, bias, none = pointer(weight_at, weight_kind), pointer(bias_at, weight_kind), real(x, 0)
+    weight, bias, zero = pointer(weight_at, weight_kind), pointer(bias_at, weight_kind), real(x, 0)
     if bias_at:
-        write_row(y, x, weight, bias, mean, rstd, none, cols, None, past_caches)
+        write_row(y, x, weight, bias, mean, rstd, zero, cols, None, past_caches)
     else:
-        write_row(y, x, weight, None, mean, rstd, none, cols, None, past_caches)
+        write_row(y, x, weight, None, mean, rstd, zero, cols, None, past_caches)
 
 
 @Kernel
