@@ -101,7 +101,7 @@ __device__ void forward_row(const Side<T, W>& side, const Turning<C>& turning, i
 }
 
 template <int kWidth, bool kInterleaved, typename T, typename W, typename C>
-__global__ void __launch_bounds__(kRotationThreads)
+__global__ void __launch_bounds__(kRotationThreads, kRotationBlocks)
     forward_kernel(Side<T, W> q, Side<T, W> k, Turning<C> turning) {
   const int64_t all = q.heads + k.heads, rows = turning.batch * turning.seq * all;
   const int64_t step = gridDim.x * int64_t{blockDim.y};
@@ -228,7 +228,7 @@ __device__ void backward_part(const Side<T, W>& side, const Turning<C>& turning,
 
 // The first q_parts blocks work on q, the others on k.
 template <int kWidth, bool kInterleaved, typename T, typename W, typename C>
-__global__ void __launch_bounds__(kRotationThreads)
+__global__ void __launch_bounds__(kRotationThreads, kRotationBlocks)
     backward_kernel(Side<T, W> q, Side<T, W> k, Turning<C> turning, int64_t q_parts,
                     int64_t k_parts) {
   if (blockIdx.x < q_parts) {

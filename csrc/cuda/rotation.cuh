@@ -12,6 +12,11 @@
 namespace tilewise {
 
 constexpr int kRotationThreads = 256;  // of a block
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kRotationBlocks = 2;  // on an SM: left to itself ptxas wants more there, and spills
+#else
+constexpr int kRotationBlocks = 0;  // as it sees fit
+#endif
 
 // Where the heads of q or of k lie, in elements.
 struct Strides {
