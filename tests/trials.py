@@ -33,17 +33,8 @@ IMPORTED = ["torch", "numba", "triton", "pytest", "scipy.stats", "torch.testing"
 LEFT_OUT = {"test_registered_properly", "test_compiled_graphs_contain_our_ops",
             "test_compiled_by_inductor", "test_gradcheck",
             "test_python_goes_on_while_a_kernel_runs"}  # fmt: skip
-QUICKLY = [
-    "-x",
-    "-q",
-    "-m",
-    "not slow",
-    "--tb=short",
-    "-p",
-    "no:unraisableexception",
-    "-o",
-    "addopts=",
-]
+QUICKLY = ["-x", "-q", "-m", "not slow", "--tb=short", "-p", "no:unraisableexception",
+           "-o", "addopts="]  # fmt: skip
 FIRST = "test_matches_reference"  # it sees the most
 LIMIT = 600  # seconds for a test of which nothing is known
 SLACK = 30  # seconds beside ten times what it took unbroken: more is a hang

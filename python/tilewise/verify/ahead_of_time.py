@@ -93,8 +93,7 @@ def sizes_to_launch(op: Op) -> list[Size]:
 
 def few_sizes(op: Op) -> list[Size]:
     """Of those checked only the first, and those timed: a third of all kernels."""
-    checked = [size for size in op.sizes if 0 not in size.values()]
-    return [*checked[:FEW], *op.workloads]
+    return [*sizes_to_launch(op)[:FEW], *op.workloads]
 
 
 # --- Launches that only compile.

@@ -186,17 +186,12 @@ def report(pool: Executor, tasks: Sequence[Task]) -> Iterator[tuple[int, Kernel]
     for place, task in enumerate(tasks):
         if (kernel := _kept(folder / f"{task.identity}.json", task)) is not None:
             yield place, kernel
-        elif (first := missing.setdefault(_key(task), place)) != place:
+        elif (first := missing.setdefault(task.identity, place)) != place:
             twins.setdefault(first, []).append(place)
     for place, kernel in _made(pool, tasks, list(missing.values())):
         yield place, kernel
         for twin in twins.get(place, ()):
             yield twin, _named(kernel, tasks[twin])
-
-
-def _key(task: Task) -> str:
-    """The same for tasks with one kernel."""
-    return f"{task.identity} {sorted(task.instead.items())}"
 
 
 def _made(
