@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from commands import assert_selftest_is_right
+from commands import assert_selftest_is_right, selftested
 
 import tilewise
 from tilewise import emulation, native, toolchain
@@ -202,8 +202,11 @@ def test_an_impossible_patience_is_refused(monkeypatch):
         pytest.param("address", 1, "--cols 4096", marks=pytest.mark.slow),  # minutes to compile
         pytest.param("plain", 2, "--over 4096", marks=pytest.mark.slow),  # clusters
         pytest.param("address", 1, "--over 4096", marks=pytest.mark.slow),
-        pytest.param("thread", 1, "--cols 131", marks=pytest.mark.slow),  # 0.4 ms a thread
-        pytest.param("thread", 1, "--over 4096", marks=pytest.mark.slow),
+        *(
+            pytest.param("thread", 1, f"{widths} {op}", marks=pytest.mark.slow)
+            for op in selftested()  # one by one: 0.4 ms a thread
+            for widths in ("--cols 131", "--over 4096")
+        ),
         pytest.param("memory", 4, "--cols 4096", marks=pytest.mark.slow),  # half a minute
     ],
 )
@@ -211,7 +214,8 @@ def test_selftest(sanitizer, orders, widths):
     if lacks := toolchain.lacking(module=False):
         pytest.skip(f"emulation: needs {lacks}")
     command = [emulation.build_selftest(sanitizer), "--orders", orders, *widths.split()]
-    assert_selftest_is_right(run(command, text=True), every_op="--cols" in widths)
+    ops = widths.split()[2:] or (selftested() if "--cols" in widths else ())
+    assert_selftest_is_right(run(command, text=True), ops)
 
 
 @pytest.mark.slow
@@ -221,7 +225,7 @@ def test_selftest_where_there_are_no_clusters(monkeypatch):
         pytest.skip(f"emulation: needs {lacks}")
     monkeypatch.setenv("TILEWISE_EMULATION_MAJOR", "8")
     command = [emulation.build_selftest(), "--orders", 1, "--over", 4096]
-    assert_selftest_is_right(run(command, text=True), every_op=False)
+    assert_selftest_is_right(run(command, text=True), ())
 
 
 # --- Its numbers.

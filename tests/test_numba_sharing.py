@@ -48,20 +48,31 @@ def test_elements_with_gaps_are_chunks_of_rows(tensors):
 
 
 NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
-STREAMING = {name: {"rows": 5, "cols": 160} for name in NORMS}
-STREAMING["embed"] = {"batch": 1, "seq": 5, "vocab": 3, "cols": 160, "norm": "like x"}
+ROWS = {"rows": 5, "cols": 1184}  # more than a chunk of each, on cache lines in every dtype
+STREAMING = [
+    *((name, ROWS) for name in (*NORMS, "softmax", "log_softmax", "glu_packed", "gelu")),
+    ("softmax", ROWS | {"mask": "qk", "causal": True, "softcap": 0.7, "fully_masked": "zero"}),
+    ("log_softmax", ROWS | {"bias": "qk", "causal": True}),
+    ("glu", ROWS | {"limit": 0.3, "alpha": 1.5}),
+    ("glu", ROWS | {"packed": True}),
+    ("bias_gelu", ROWS),
+    ("bias_gelu", ROWS | {"dropout_p": 0.3, "seed": 2}),
+    ("dropout_add", ROWS | {"residual": "wide"}),
+    ("dropout_add", ROWS | {"p": 0.0}),
+    ("embed", {"batch": 1, "seq": 5, "vocab": 3, "cols": 160, "norm": "like x"}),
+]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", STREAMING)
-def test_past_the_caches_goes_the_same(name, dtype, monkeypatch):
-    tensors, options = OPS[name].inputs(**STREAMING[name], device="cpu", dtype=dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name, size", STREAMING)
+def test_past_the_caches_goes_the_same(name, size, dtype, monkeypatch):
+    tensors, options = OPS[name].inputs(**size, device="cpu", dtype=dtype)
     found = []
     for least in (_stream.STREAMED_BYTES, 0):
         monkeypatch.setattr(_stream, "STREAMED_BYTES", least)
         options["backend"] = "numba"
         found.append(outputs_and_grads(OPS[name], OPS[name].call, tensors, options))
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*found, equal_nan=True)
 
 
 # Enough rows that threads meet; where the last declared size has few.

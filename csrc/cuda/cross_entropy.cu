@@ -209,6 +209,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
     Known known{0.f, 1.f, 0.f};
     if (target.counted) {
       known = row_loss<kPlain>(loss, lse, x, classes, target, weights, numbers);
+      __syncwarp();  // every lane has read the true class; sums by shuffles order no memory
     }
     if (threadIdx.x == 0) {
       losses[row] = loss;

@@ -3,10 +3,13 @@
 import math
 
 from tilewise.kernels.numba._parallel import callee
-from tilewise.kernels.numba._simd import exp, exp_below, load, maximum, offset, real, store, tanh
+from tilewise.kernels.numba._simd import exp, load, offset, real, store, tanh
+from tilewise.kernels.numba._stream import highest
 
-# A shift serves as long as the scores are at most this far above it.
+# A shift serves as long as the scores are at most this far above it, which they are if the sum of
+# their powers is no larger than that of one such score.
 ROOM = 40.0
+MOST = math.exp(ROOM)
 
 LOWEST = -math.inf
 
@@ -42,29 +45,11 @@ def read_scores(to, x, count, scale, cap):
 
 
 @callee
-def _peak(x, count):
-    m = real(x, LOWEST)
-    for j in range(count):
-        m = maximum(load(x, j), m)
-    return m
-
-
-@callee
 def _sum_of_powers(x, count, shift):
     s = real(x, 0)
     for j in range(count):
-        s += exp_below(load(x, j) - shift)
+        s += exp(load(x, j) - shift)
     return s
-
-
-@callee
-def _peak_and_sum(x, count, shift):
-    m, s = real(x, LOWEST), real(x, 0)
-    for j in range(count):
-        v = load(x, j)
-        m = maximum(v, m)
-        s += exp_below(v - shift)
-    return m, s
 
 
 @callee
@@ -83,16 +68,13 @@ def add_block(x, count, hole, shift, s):
     most blocks are read once. Returns the shift and the sum.
     """
     if shift > real(x, LOWEST) and (hole < 0 or hole >= count):
-        m, block = _peak_and_sum(x, count, shift)
-        if not m > shift + real(x, ROOM):
+        block = _sum_of_powers(x, count, shift)
+        if block <= real(x, MOST):
             return shift, s + block
-    else:
-        m = _peak(x, count)
-    if m == real(x, LOWEST):  # exp(-inf - 0) is 0, not NaN
-        return shift, s
-    if m != m:
-        m = real(x, 0)  # the sum becomes NaN
-    elif not m > shift + real(x, ROOM):
+    m = highest(x, real(x, 1), count)
+    if m == real(x, LOWEST):  # exp(-inf - 0) is 0, not NaN; what is NaN all the same is passed on
+        return shift, s + _sum_but_one(x, count, real(x, 0), hole)
+    if not m > shift + real(x, ROOM):
         m = shift
     s *= exp(shift - m)
     return m, s + _sum_but_one(x, count, m, hole)
@@ -126,7 +108,7 @@ def gradient_block(to, x, count, weights, weighted, plain, shift, push, pull, sc
     """to = (push * exp(s - shift) - pull * weight) * ds/dx, in scratch; plain: s is x."""
     if plain:
         for j in range(count):
-            store(to, j, push * exp_below(load(x, j) - shift))
+            store(to, j, push * exp(load(x, j) - shift))
         if pull != real(to, 0):
             _subtract(to, count, weights, weighted, pull)
         return
@@ -136,10 +118,10 @@ def gradient_block(to, x, count, weights, weighted, plain, shift, push, pull, sc
         for j in range(count):
             s = load(to, j)
             r = s * inverse
-            g = push * exp_below(s - shift) - pull * load(weights, j)
+            g = push * exp(s - shift) - pull * load(weights, j)
             store(to, j, g * scale * (real(to, 1) - r * r))
     else:
         for j in range(count):
             s = load(to, j)
             r = s * inverse
-            store(to, j, (push * exp_below(s - shift) - pull) * scale * (real(to, 1) - r * r))
+            store(to, j, (push * exp(s - shift) - pull) * scale * (real(to, 1) - r * r))

@@ -35,12 +35,9 @@ from tilewise.kernels.numba._simd import (
     real,
     store,
 )
-from tilewise.kernels.numba._stream import finish_writes, stream
+from tilewise.kernels.numba._stream import finish_writes, streamed, write
 
 BLOCK = np.int64(2048)  # classes
-
-# Outputs above this many bytes go past the caches, in which they would not stay.
-STREAMED = 1 << 25
 
 NAN = math.nan  # where the target of a row is no class: loud, and never an access out of bounds
 
@@ -102,18 +99,9 @@ def _loss(
 
 
 @callee
-def _write(to, source, count, streaming):
-    if streaming:
-        stream(to, source, count)
-    else:
-        for j in range(count):
-            store(to, j, load(source, j))
-
-
-@callee
 def _gradient(
     dx, row, scratch, weights, first, cols, classes, t, shift, s, miss, dloss, dlse,
-    weighted, plain, streaming, smoothing, z, scale, cap,
+    weighted, plain, past_caches, smoothing, z, scale, cap,
 ):  # fmt: skip
     """The gradient of classes `first` and on, `cols` of `classes`; dx may be the row itself."""
     one, zero = real(row, 1), real(row, 0)
@@ -138,7 +126,7 @@ def _gradient(
         )
         if start <= true < start + count:
             store(scratch, true - start, hit)
-        _write(offset(dx, start), scratch, count, streaming)
+        write((offset(dx, start),), (scratch,), (), count, past_caches)
 
 
 @callee
@@ -180,7 +168,7 @@ def _losses(
 def _gradients(
     part, dlogits_at, dlosses_at, dlse_at, logits_at, target_at, weights_at, statistics_at,
     scratch_at, kind, wide, index, rows, seq, first, cols, classes, batch_stride, seq_stride,
-    d_batch_stride, d_seq_stride, parts, weighted, plain, streaming,
+    d_batch_stride, d_seq_stride, parts, weighted, plain, past_caches,
     ignore_index, smoothing, z, cap, scale,
 ):  # fmt: skip
     dlosses, dlse = pointer(dlosses_at, wide), pointer(dlse_at, wide)
@@ -198,7 +186,7 @@ def _gradients(
             dx, row, scratch, weights, first, cols, classes, t,
             load(statistics, i), load(statistics, rows + i), load(statistics, 2 * rows + i),
             load(dlosses, i), load(dlse, i) if dlse_at else real(kind, 0),
-            weighted, plain, streaming,
+            weighted, plain, past_caches,
             real(kind, smoothing), real(kind, z), real(kind, scale), real(kind, cap),
         )  # fmt: skip
     finish_writes()
@@ -284,15 +272,13 @@ def row_gradients(
     batch, seq, cols = logits.shape
     parts = parts_for(batch * seq)
     scratch = statistics.new_empty(parts, int(BLOCK))
-    places = dlogits.data_ptr(), *(s * dlogits.itemsize for s in dlogits.stride()[:2])
-    aligned = all(place % 64 == 0 for place in places)
     _gradients(
         parts, 2 * logits.numel(), address(dlogits), address(dlosses), address(dlse),
         address(logits), address(target), address(weights), address(statistics), address(scratch),
         kind(logits), kind(statistics), kind(target), batch * seq, seq, first, cols, classes,
         logits.stride(0), logits.stride(1), dlogits.stride(0), dlogits.stride(1), parts,
         weights is not None, cap == 0 and scale == 1,
-        aligned and dlogits is not logits and dlogits.nbytes > STREAMED,
+        dlogits is not logits and streamed(dlogits),
         ignore_index, smoothing, z, cap, scale,
     )  # fmt: skip
 

@@ -5,36 +5,29 @@ one core (2-core AMD Zen 5, fp32, 2026-11). A is read a scalar at a time with an
 either operand may be transposed where it lies; B and C are rows of vectors. Fp32 and fp64.
 """
 
-import platform
-
-import llvmlite.binding
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
+from tilewise.kernels.numba._lanes import (
+    LANES,
+    X86,
+    call,
+    constant,
+    lanes_of,
+    load_vector,
+    splat,
+    store_vector,
+    vector_of,
+)
 from tilewise.kernels.numba._parallel import INT32, INT64, callee
-from tilewise.kernels.numba._simd import FLOAT, offset
-
-
-def _features() -> set[str]:
-    if numba.config.CPU_FEATURES:
-        return {name[1:] for name in numba.config.CPU_FEATURES.split(",") if name[:1] == "+"}
-    return {name for name, there in llvmlite.binding.get_host_cpu_features().items() if there}
-
-
-_FEATURES = _features()
-_X86 = platform.machine().lower() in ("x86_64", "amd64")
-
-# Fp32 numbers in a vector: 64 bytes with AVX-512, 32 with AVX2, 16 anywhere (SSE, NEON).
-LANES = 16 if "avx512f" in _FEATURES else 8 if "avx2" in _FEATURES else 4
+from tilewise.kernels.numba._simd import offset
 
 # A panel is as wide as a microkernel, and its height times two vectors are accumulators: 16 of the
 # 32 registers of AVX-512 and NEON, 8 of the 16 of AVX2.
 PANEL = np.int64(2 * LANES)
-HEIGHT = np.int64(4 if _X86 and LANES < 16 else 8)
+HEIGHT = np.int64(4 if X86 and LANES < 16 else 8)
 
 # The last argument of `multiply`. Numba compiles a function anew for every Python constant it is
 # called with, but once for all int64.
@@ -44,57 +37,6 @@ UNIT = np.int64(1)
 # A sum of products is taken in chains of this many: one long chain is wrong by the root of its
 # length. Chains of 64 are 2 % faster, but dq at D128 was then 1.6 x what the rule allows (fp32).
 CHAIN = np.int64(32)
-
-
-# --- Vectors.
-
-
-def lanes_of(scalar):
-    """How many of an LLVM float are in a vector."""
-    return LANES if scalar == FLOAT else LANES // 2
-
-
-def vector_of(scalar):
-    """The LLVM vector of this float."""
-    return ir.VectorType(scalar, lanes_of(scalar))
-
-
-def splat(builder, value, vector):
-    """`value` in every lane."""
-    undefined = ir.Constant(vector, ir.Undefined)
-    one = builder.insert_element(undefined, value, INT32(0))
-    zeros = ir.Constant(ir.VectorType(INT32, vector.count), [0] * vector.count)
-    return builder.shuffle_vector(one, undefined, zeros)
-
-
-def constant(vector, value):
-    """The float `value` in every lane."""
-    return ir.Constant(vector, [float(value)] * vector.count)
-
-
-def load_vector(builder, p, elements=0):
-    """The vector at `p` + `elements`, aligned only as its elements are."""
-    p = builder.gep(p, [INT64(elements) if isinstance(elements, int) else elements])
-    scalar = p.type.pointee
-    value = builder.load(builder.bitcast(p, vector_of(scalar).as_pointer()))
-    value.align = 4 if scalar == FLOAT else 8
-    return value
-
-
-def store_vector(builder, value, p, elements=0):
-    """Write the vector `value` to `p` + `elements`."""
-    p = builder.gep(p, [INT64(elements) if isinstance(elements, int) else elements])
-    stored = builder.store(value, builder.bitcast(p, value.type.as_pointer()))
-    stored.align = 4 if p.type.pointee == FLOAT else 8
-
-
-def call_vector(builder, name, *args):
-    """LLVM's intrinsic `name` on vectors."""
-    vector = args[0].type
-    suffix = f"v{vector.count}{'f32' if vector.element == FLOAT else 'f64'}"
-    function = ir.FunctionType(vector, [a.type for a in args])
-    name = f"llvm.{name}.{suffix}"
-    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), args)
 
 
 @intrinsic
@@ -117,7 +59,7 @@ def _emit_step(builder, a, a_offsets, b, sums, vectors):
     columns = [load_vector(builder, b, j * vector.count) for j in range(vectors)]
     scalars = [splat(builder, builder.load(builder.gep(a, [o])), vector) for o in a_offsets]
     return [
-        call_vector(builder, "fma", scalars[n // vectors], columns[n % vectors], total)
+        call(builder, "fma", scalars[n // vectors], columns[n % vectors], total)
         for n, total in enumerate(sums)
     ]
 

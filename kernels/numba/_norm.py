@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tilewise.kernels.numba._dropout import SCALE, mark_kept
 from tilewise.kernels.numba._norm_rows import add_row, row_statistics, write_gradient, write_row
-from tilewise.kernels.numba._parallel import Kernel, callee
-from tilewise.kernels.numba._shared import partial_sums, parts_for
+from tilewise.kernels.numba._parallel import SERIAL_BELOW, Kernel, callee
+from tilewise.kernels.numba._shared import partial_sums, parts_for, summed
 from tilewise.kernels.numba._simd import (
     address,
     kind,
@@ -25,6 +25,7 @@ from tilewise.kernels.numba._simd import (
 from tilewise.kernels.numba._stream import CHUNK, finish_writes, scratch, streamed
 
 CONTIGUOUS = torch.contiguous_format
+FEW = 8  # rows, of which a sum is as near as sums of parts
 PARTIAL_SUMS = 1 << 20  # at most so many in all: for wide rows fewer parts, not more memory
 
 
@@ -42,17 +43,18 @@ def _start(i, grid):
 
 
 @callee
-def _add_row(total, x, residual, cols, dropout, row):
-    """total = dropout(x) + residual."""
+def _add_row(total, line, x, residual, cols, dropout, row, past_caches):
+    """total = line = dropout(x) + residual, where `line` is not None in the caches."""
     if dropout is None:
-        add_row(total, x, residual, None, cols)
+        add_row((total, line), (x, residual, None), (), cols, past_caches)
     else:
         factors = scratch(total)
         for start in range(0, cols, CHUNK):
             count = min(CHUNK, cols - start)
             mark_kept(factors, start, count, row, dropout, dropout[SCALE])
             branch, stream = offset(x, start), offset(residual, start)
-            add_row(offset(total, start), branch, stream, factors, count)
+            outs = offset(total, start), offset(line, start)
+            add_row(outs, (branch, stream, factors), (), count, past_caches)
 
 
 @callee
@@ -80,21 +82,21 @@ def _write_gradient(
     dx, dresidual, dy, dsum, x, weight, mean, rstd, g_mean, dot_mean,
     cols, weight_offset, dropout, row, past_caches,
 ):  # fmt: skip
+    numbers = mean, rstd, g_mean, dot_mean, real(dy, weight_offset)
     if dropout is None:
-        write_gradient(
-            dx, dresidual, dy, dsum, x, weight, None, mean, rstd, g_mean, dot_mean,
-            real(dy, weight_offset), cols, past_caches,
-        )  # fmt: skip
+        ins = dy, x, dsum, weight, None
+        write_gradient((dresidual, dx), ins, numbers, cols, past_caches)
     else:
         factors = scratch(dy)
         for start in range(0, cols, CHUNK):
             count = min(CHUNK, cols - start)
             mark_kept(factors, start, count, row, dropout, dropout[SCALE])
-            write_gradient(
-                offset(dx, start), offset(dresidual, start), offset(dy, start),
-                offset(dsum, start), offset(x, start), offset(weight, start), factors,
-                mean, rstd, g_mean, dot_mean, real(dy, weight_offset), count, past_caches,
+            outs = offset(dresidual, start), offset(dx, start)
+            ins = (
+                offset(dy, start), offset(x, start), offset(dsum, start), offset(weight, start),
+                factors,
             )  # fmt: skip
+            write_gradient(outs, ins, numbers, count, past_caches)
 
 
 # --- The kernels.
@@ -102,10 +104,10 @@ def _write_gradient(
 
 @Kernel
 def _forward(
-    part, y_at, sum_at, mean_at, rstd_at, x_at, residual_at, weight_at, bias_at, kinds,
+    part, y_at, sum_at, line_at, mean_at, rstd_at, x_at, residual_at, weight_at, bias_at, kinds,
     rows, cols, grid, residual_stride, parts, eps, weight_offset, llama, dropout, past_caches,
 ):  # fmt: skip
-    kind, sum_kind, mean_kind, wide, weight_kind, bias_kind = kinds
+    kind, sum_kind, line_kind, mean_kind, wide, weight_kind, bias_kind = kinds
     means, rstds = pointer(mean_at, mean_kind), pointer(rstd_at, wide)
     weight, bias = pointer(weight_at, weight_kind), pointer(bias_at, bias_kind)
     for i in range(part * rows // parts, (part + 1) * rows // parts):
@@ -118,9 +120,11 @@ def _forward(
         else:
             residual = offset(pointer(residual_at, sum_kind), i * residual_stride)
             total = offset(pointer(sum_at, sum_kind), i * cols)
-            _add_row(total, x, residual, cols, dropout, i)
-            mean, rstd = row_statistics(total, cols, eps, means)
-            write_row(y, total, weight, bias, mean, rstd, added, cols, llama, past_caches)
+            line = offset(pointer(line_at, line_kind), part * cols)
+            _add_row(total, line, x, residual, cols, dropout, i, past_caches)
+            row = total if line_at is None else line
+            mean, rstd = row_statistics(row, cols, eps, means)
+            write_row(y, row, weight, bias, mean, rstd, added, cols, llama, past_caches)
         if mean_at is not None:
             store(means, i, mean)
         store(rstds, i, rstd)
@@ -206,12 +210,16 @@ def normalise(
     mean = torch.empty_like(rstd) if centred else None
     parts = parts_for(rows)
     llama = 1 if casting == "llama" and x.itemsize == 2 else None  # else nothing is rounded
-    kinds = (kind(x), _kind(residual), _kind(mean), kind(rstd), _kind(weight), _kind(bias))
+    past_caches = streamed(y) if total is None else streamed(y, total)
+    # A sum past the caches is kept in them for one row of each part.
+    line = total.new_empty(parts, cols) if past_caches and total is not None else None
+    tensors = (residual, line, mean, rstd, weight, bias)
     _forward(
-        parts, x.numel(), address(y), _optional(total), _optional(mean), address(rstd),
-        address(x), _optional(residual), _optional(weight), _optional(bias), kinds,
-        rows, cols, _grid_of(x), 0 if residual is None else residual.stride(0), parts,
-        eps, weight_offset, llama, dropout, streamed(y),
+        parts, x.numel(), address(y), _optional(total), _optional(line), _optional(mean),
+        address(rstd), address(x), _optional(residual), _optional(weight), _optional(bias),
+        (kind(x), *map(_kind, tensors)), rows, cols, _grid_of(x),
+        0 if residual is None else residual.stride(0), parts,
+        eps, weight_offset, llama, dropout, past_caches,
     )  # fmt: skip
     return [out for out in (y, total, mean, rstd) if out is not None]
 
@@ -232,9 +240,11 @@ def differentiate(
     -> dx, dresidual [..., cols], dweight, dbias [cols], empty where they are not `wanted`."""
     cols = x.shape[-1]
     rows = x.numel() // cols
-    dx = dy.new_empty(x.shape) if wanted[0] else None
-    dresidual = x.new_empty(x.shape) if wanted[1] else None
+    dx = torch.empty_like(x, dtype=dy.dtype, memory_format=CONTIGUOUS) if wanted[0] else None
+    dresidual = torch.empty_like(x, memory_format=CONTIGUOUS) if wanted[1] else None
     parts = min(parts_for(rows), max(PARTIAL_SUMS // cols, 1))
+    if rows <= FEW and x.numel() < SERIAL_BELOW:
+        parts = 1
     dweight, dbias = (partial_sums(x, parts, rstd.dtype) if w else None for w in wanted[2:])
     outs = [out for out in (dx, dresidual) if out is not None]
     kinds = tuple(map(_kind, (dy, x, mean, rstd, weight, dx, dresidual, dsum, dweight, dbias)))
@@ -247,9 +257,9 @@ def differentiate(
         sums.stride(0), parts, weight_offset, 1 if outs else None, dropout,
         bool(outs) and streamed(*outs),
     )  # fmt: skip
-    grads = [
-        x.new_empty(0) if t is None else t.sum(0)[:cols].to(like.dtype)
-        for t, like in ((dweight, weight), (dbias, bias))
+    return [
+        x.new_empty(0, dtype=dy.dtype) if dx is None else dx,
+        x.new_empty(0) if dresidual is None else dresidual,
+        x.new_empty(0) if dweight is None else summed(dweight, weight),
+        x.new_empty(0) if dbias is None else summed(dbias, bias),
     ]
-    empty = (dy.new_empty(0), x.new_empty(0))
-    return [e if t is None else t for t, e in zip((dx, dresidual), empty, strict=True)] + grads

@@ -3,6 +3,7 @@
 from numba import types
 from numba.extending import intrinsic
 
+from tilewise.kernels.numba._lanes import kept
 from tilewise.kernels.numba._parallel import callee
 from tilewise.kernels.numba._simd import arithmetic_of, load, offset, real, reciprocal_root
 from tilewise.kernels.numba._stream import (
@@ -12,6 +13,7 @@ from tilewise.kernels.numba._stream import (
     emit_rounded,
     emit_spread,
     emit_write,
+    loop_of,
 )
 
 
@@ -51,35 +53,13 @@ def row_statistics(x, cols, eps, means):
     return mean, reciprocal_root(real(x, variance + eps))
 
 
-def _emit_kept(builder, factors, value, i, lanes, wide, factor_kind):
-    """`value` times what dropout says, 0 where that is 0 whatever the value."""
-    factor = emit_read(builder, factor_kind, factors, i, lanes, wide)
-    zero = factor.type(0.0) if lanes == 1 else factor.type([0.0] * lanes)
-    dropped = builder.fcmp_ordered("==", factor, zero)
-    return builder.select(dropped, zero, builder.fmul(value, factor))
+def _added(x, residual, factor):
+    x = kept(x, factor)
+    total = x if residual is None else x + residual
+    return total, total
 
 
-@intrinsic
-def add_row(typing_context, total, x, residual, factors, count):
-    """total = x * factors + residual."""
-    wide = arithmetic_of(total.dtype)
-
-    def emit(context, builder, signature, args):
-        total_at, x_at, residual_at, factors_at, count = args
-        real = context.get_value_type(wide)
-
-        def step(i, lanes, past_caches):
-            v = emit_read(builder, x.dtype, x_at, i, lanes, real)
-            if factors != types.none:
-                v = _emit_kept(builder, factors_at, v, i, lanes, real, factors.dtype)
-            v = builder.fadd(v, emit_read(builder, residual.dtype, residual_at, i, lanes, real))
-            emit_write(builder, total.dtype, total_at, i, v, lanes, past_caches)
-
-        never = context.get_constant(types.boolean, False)
-        emit_loop(builder, count, real, never, step)
-        return context.get_dummy_value()
-
-    return types.void(total, x, residual, factors, types.int64), emit
+add_row = loop_of(_added, kept=1)  # x * factors + residual, and the same again or None
 
 
 @intrinsic
@@ -116,41 +96,15 @@ def write_row(
     return types.void(y, x, weight, bias, *numbers, llama, types.boolean), emit
 
 
-@intrinsic
-def write_gradient(
-    typing_context, dx, dresidual, dy, dsum, x, weight, factors, mean, rstd, g_mean, dot_mean,
-    weight_offset, count, past_caches,
-):  # fmt: skip
-    """dresidual = rstd * (g - g_mean - xhat * dot_mean) + dsum, and dx that times factors."""
-    wide = arithmetic_of(dy.dtype)
+def _gradients(dy, x, dsum, weight, factor, mean, rstd, g_mean, dot_mean, weight_offset):
+    # The product is rounded by itself, as it was in the sum that makes g_mean: the one column of a
+    # row has no gradient at all.
+    g = dy if weight is None else dy.times(weight + weight_offset)
+    v = rstd * (g - g_mean - (x - mean) * rstd * dot_mean)
+    dresidual = v if dsum is None else v + dsum
+    return dresidual, kept(dresidual, factor)
 
-    def emit(context, builder, signature, args):
-        dx_at, dresidual_at, dy_at, dsum_at, x_at, weight_at, factors_at = args[:7]
-        *scalars, count, streamed = args[7:]
-        real = context.get_value_type(wide)
 
-        def step(i, lanes, past_caches):
-            mean, rstd, g_mean, dot_mean, added = (emit_spread(builder, s, lanes) for s in scalars)
-            g = emit_read(builder, dy.dtype, dy_at, i, lanes, real)
-            if weight != types.none:
-                scale = emit_read(builder, weight.dtype, weight_at, i, lanes, real)
-                # With a flag of its own it is rounded by itself, as it was in the sum that makes
-                # g_mean: the one column of a row has no gradient at all.
-                g = builder.fmul(g, builder.fadd(scale, added), flags=("nsz",))
-            xhat = builder.fsub(emit_read(builder, x.dtype, x_at, i, lanes, real), mean)
-            along = builder.fmul(builder.fmul(xhat, rstd), dot_mean)
-            v = builder.fmul(rstd, builder.fsub(builder.fsub(g, g_mean), along))
-            if dsum != types.none:
-                v = builder.fadd(v, emit_read(builder, dsum.dtype, dsum_at, i, lanes, real))
-            if dresidual != types.none:
-                emit_write(builder, dresidual.dtype, dresidual_at, i, v, lanes, past_caches)
-            if dx != types.none:
-                if factors != types.none:
-                    v = _emit_kept(builder, factors_at, v, i, lanes, real, factors.dtype)
-                emit_write(builder, dx.dtype, dx_at, i, v, lanes, past_caches)
-
-        emit_loop(builder, count, real, streamed, step)
-        return context.get_dummy_value()
-
-    numbers = (wide, wide, wide, wide, wide, types.int64, types.boolean)
-    return types.void(dx, dresidual, dy, dsum, x, weight, factors, *numbers), emit
+# dresidual = rstd * (g - g_mean - xhat * dot_mean) + dsum with g = dy * (weight_offset + weight),
+# and dx that times factors
+write_gradient = loop_of(_gradients)

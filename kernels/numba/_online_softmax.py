@@ -16,8 +16,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tilewise.kernels.numba._matmul import (
-    call_vector,
+from tilewise.kernels.numba._lanes import (
+    DOUBLE,
+    call,
     constant,
     load_vector,
     splat,
@@ -25,7 +26,6 @@ from tilewise.kernels.numba._matmul import (
     vector_of,
 )
 from tilewise.kernels.numba._parallel import INT32, INT64
-from tilewise.kernels.numba._simd import DOUBLE
 
 # log2(e) to 107 bits: itself as a double, and what that leaves out
 LOG2_E = Fraction(math.log2(math.e)) + Fraction(2.0355273740931033e-17)
@@ -60,16 +60,16 @@ def _emit_exp2(builder, x):
     """2**x for x up to 127: 0 below -126 (fp64: libm's), NaN for NaN."""
     vector = x.type
     if vector.element == DOUBLE:
-        return call_vector(builder, "exp2", x)
+        return call(builder, "exp2", x)
     bits = ir.VectorType(INT32, vector.count)
     lowest = constant(vector, _LOWEST)
     small = builder.fcmp_ordered("<", x, lowest)
     clamped = builder.select(small, lowest, x)
-    n = call_vector(builder, "rint", clamped)
+    n = call(builder, "rint", clamped)
     f = builder.fsub(clamped, n)
     p = constant(vector, _TERMS[0])
     for term in _TERMS[1:]:
-        p = call_vector(builder, "fma", p, f, constant(vector, term))
+        p = call(builder, "fma", p, f, constant(vector, term))
     exponent = builder.shl(builder.fptosi(n, bits), ir.Constant(bits, [23] * vector.count))
     y = builder.bitcast(builder.add(builder.bitcast(p, bits), exponent), vector)
     y = builder.select(small, constant(vector, 0), y)
@@ -79,8 +79,8 @@ def _emit_exp2(builder, x):
 def _emit_power(builder, x, factor, base):
     """2**(factor x - base)."""
     main, rest = factor
-    scaled = call_vector(builder, "fma", x, main, builder.fneg(base))
-    return _emit_exp2(builder, call_vector(builder, "fma", x, rest, scaled))
+    scaled = call(builder, "fma", x, main, builder.fneg(base))
+    return _emit_exp2(builder, call(builder, "fma", x, rest, scaled))
 
 
 def _emit_factor(builder, factor, vector):

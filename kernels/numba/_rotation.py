@@ -1,5 +1,7 @@
 """What turning heads on the CPU shares: how q and k are walked, and where a row stands."""
 
+from itertools import chain
+
 import numba
 import numpy as np
 from torch import Tensor
@@ -20,11 +22,14 @@ def layout(*tensors: Tensor) -> tuple[int, ...]:
         The addresses; rows, outer and inner ones; whether seq is the inner; three strides of each.
     """
     batch, heads, seq, _ = tensors[-1].shape
-    seq_is_inner = tensors[-1].stride(2) <= tensors[-1].stride(1)
-    order = (0, 1, 2) if seq_is_inner else (0, 2, 1)
-    counts = (heads, seq) if seq_is_inner else (seq, heads)
-    strides = (t.stride(i) for t in tensors for i in order)
-    return *map(address, tensors), batch * heads * seq, *counts, int(seq_is_inner), *strides
+    walks = [t.stride() for t in tensors]
+    if walks[-1][2] <= walks[-1][1]:
+        counts = heads, seq, 1
+        walks = [stride[:3] for stride in walks]
+    else:
+        counts = seq, heads, 0
+        walks = [(stride[0], stride[2], stride[1]) for stride in walks]
+    return *map(address, tensors), batch * heads * seq, *counts, *chain(*walks)
 
 
 def places(position_ids: Tensor | None, cu_seqlens: Tensor | None, offset: int) -> tuple[int, ...]:

@@ -17,8 +17,14 @@ def parts_for(rows: int) -> int:
 
 def partial_sums(x: Tensor, parts: int, dtype) -> Tensor:
     """Zeros [parts, cols or more], each part on cache lines of its own."""
-    per_line = CACHE_LINE // dtype.itemsize
-    return x.new_zeros(parts, -(-x.shape[-1] // per_line) * per_line, dtype=dtype)
+    cols, per_line = x.shape[-1], CACHE_LINE // dtype.itemsize
+    return x.new_zeros(parts, cols if parts == 1 else -(-cols // per_line) * per_line, dtype=dtype)
+
+
+def summed(parts: Tensor, like: Tensor) -> Tensor:
+    """The sum of `partial_sums` in the shape and dtype of `like`, [cols]."""
+    total = parts.view(-1) if len(parts) == 1 else parts.sum(0)[: len(like)]
+    return total if total.dtype == like.dtype else total.to(like.dtype)
 
 
 def same_layout(x: Tensor, cols: int) -> Tensor:

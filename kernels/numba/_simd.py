@@ -7,15 +7,16 @@ fp64, and rounds with `store`. Passing addresses costs 0.06 us a tensor, arrays 
 
 import math
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
 from llvmlite.ir.types import _BaseFloatType
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from torch import Tensor
+
+from tilewise.kernels.numba import _lanes
+from tilewise.kernels.numba._lanes import FLOAT, HALF, call
 
 KINDS = {
     torch.float32: np.float32(0),
@@ -28,8 +29,6 @@ KINDS = {
 }
 
 INTEGER = KINDS[torch.int64]
-
-FLOAT, DOUBLE, HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
 
 
 class _BrainFloatType(_BaseFloatType):
@@ -142,60 +141,30 @@ def real(typing_context, kind, value):
     return result(types.unliteral(kind), value), emit
 
 
-def _constant(t, value):
-    return ir.Constant(t, float(np.float32(value)) if t == FLOAT else value)
-
-
-def _call(builder, name, *args):
-    suffix = "f32" if args[0].type == FLOAT else "f64"
-    kind = ir.FunctionType(args[0].type, [a.type for a in args])
-    return builder.call(
-        cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.{suffix}"), args
-    )
-
-
 @intrinsic
 def maximum(typing_context, x, y):
     """The larger of two, NaN if either is: one that LLVM reduces in vectors, unlike `max`."""
-    return x(x, x), lambda _, builder, __, args: _call(builder, "maximum", *args)
+    return x(x, x), lambda _, builder, __, args: call(builder, "maximum", *args)
 
 
 @intrinsic
 def fma(typing_context, x, y, z):
     """x * y + z, rounded once, and left in this order: `reassoc` moves terms of a plain sum."""
-    return x(x, x, x), lambda _, builder, __, args: _call(builder, "fma", *args)
+    return x(x, x, x), lambda _, builder, __, args: call(builder, "fma", *args)
 
 
-# 2**f on [-1/2, 1/2] is a polynomial; its error, with e**x = 2**n e**r, is 2.1 ulp at most.
-_LOG2_E = 1.4426950408889634
-_LN2_HIGH, _LN2_LOW = 0.693145751953125, 1.428606765330187e-06
-_EXP_TERMS = (1 / 720, 0.0083334519, 0.041667115, 0.16666645, 0.5, 1.0, 1.0)
-_EXP_LOWEST, _EXP_HIGHEST = -87.33, 88.72
+def _by_lanes(function):
+    @intrinsic
+    def of_float(typing_context, x):
+        def emit(context, builder, signature, args):
+            return function(_lanes.Lanes(builder, args[0])).value
+
+        return types.float32(types.float32), emit
+
+    return of_float
 
 
-def emit_exp(builder, x):
-    """e**x of an fp32 scalar in LLVM IR: 0 below -87.33, inf above 88.72, NaN for NaN."""
-    bits = ir.IntType(32)
-    lowest, highest = _constant(FLOAT, _EXP_LOWEST), _constant(FLOAT, _EXP_HIGHEST)
-    clamped = builder.select(builder.fcmp_ordered(">", x, lowest), x, lowest)
-    clamped = builder.select(builder.fcmp_ordered("<", clamped, highest), clamped, highest)
-    n = _call(builder, "rint", builder.fmul(clamped, _constant(FLOAT, _LOG2_E)))
-    r = _call(builder, "fma", n, _constant(FLOAT, -_LN2_HIGH), clamped)
-    r = _call(builder, "fma", n, _constant(FLOAT, -_LN2_LOW), r)
-    p = _constant(FLOAT, _EXP_TERMS[0])
-    for term in _EXP_TERMS[1:]:
-        p = _call(builder, "fma", p, r, _constant(FLOAT, term))
-    exponent = builder.shl(builder.fptosi(n, bits), ir.Constant(bits, 23))
-    y = builder.bitcast(builder.add(builder.bitcast(p, bits), exponent), FLOAT)
-    y = builder.select(builder.fcmp_ordered("<", x, lowest), _constant(FLOAT, 0.0), y)
-    infinity = ir.Constant(FLOAT, float("inf"))
-    y = builder.select(builder.fcmp_ordered(">", x, highest), infinity, y)
-    return builder.select(builder.fcmp_unordered("uno", x, x), x, y)
-
-
-@intrinsic
-def _exp_float(typing_context, x):
-    return types.float32(types.float32), lambda _, builder, __, args: emit_exp(builder, args[0])
+_exp_float, _tanh_float = _by_lanes(_lanes.exp), _by_lanes(_lanes.tanh)
 
 
 def exp(x):
@@ -205,60 +174,6 @@ def exp(x):
 @overload(exp, inline="always")
 def _exp(x):
     return (lambda x: math.exp(x)) if x == types.float64 else (lambda x: _exp_float(x))
-
-
-@intrinsic
-def _exp_below_float(typing_context, x):
-    """Two instructions in three of `exp`: nothing is done about an overflow, which cannot be."""
-
-    def emit(context, builder, signature, args):
-        x, bits = args[0], ir.IntType(32)
-        lowest = _constant(FLOAT, _EXP_LOWEST)
-        clamped = builder.select(builder.fcmp_ordered(">", x, lowest), x, lowest)
-        n = _call(builder, "rint", builder.fmul(clamped, _constant(FLOAT, _LOG2_E)))
-        r = _call(builder, "fma", n, _constant(FLOAT, -_LN2_HIGH), x)  # NaN where x is
-        r = _call(builder, "fma", n, _constant(FLOAT, -_LN2_LOW), r)
-        p = _constant(FLOAT, _EXP_TERMS[0])
-        for term in _EXP_TERMS[1:]:
-            p = _call(builder, "fma", p, r, _constant(FLOAT, term))
-        biased = builder.add(builder.fptosi(n, bits), ir.Constant(bits, 127))
-        power = builder.bitcast(builder.shl(biased, ir.Constant(bits, 23)), FLOAT)
-        y = builder.fmul(p, power)
-        return builder.select(builder.fcmp_ordered("<", x, lowest), _constant(FLOAT, 0.0), y)
-
-    return types.float32(types.float32), emit
-
-
-def exp_below(x):
-    """e**x for x up to 88, in a third fewer instructions than `exp`; NaN for NaN."""
-
-
-@overload(exp_below, inline="always")
-def _exp_below(x):
-    return (lambda x: math.exp(x)) if x == types.float64 else (lambda x: _exp_below_float(x))
-
-
-# tanh(x) - x below 0.625, as x**3 times a polynomial in x**2: reweighted (Lawson) least squares on
-# 2000 Chebyshev points; with the other branch at most 1.5 ulp off in fp32.
-_TANH_TERMS = (-0.005717044696, 0.020650586113, -0.053743496537, 0.133314907551, -0.333332836628)
-_TANH_SMALL = 0.625
-
-_inline = numba.njit(inline="always")  # a call would keep the loop around it from vectorising
-
-
-@_inline
-def _tanh_float(x):
-    square = x * x
-    p = real(x, _TANH_TERMS[0])
-    p = fma(p, square, real(x, _TANH_TERMS[1]))
-    p = fma(p, square, real(x, _TANH_TERMS[2]))
-    p = fma(p, square, real(x, _TANH_TERMS[3]))
-    p = fma(p, square, real(x, _TANH_TERMS[4]))
-    small = fma(x * square, p, x)
-    a = exp(real(x, -2) * abs(x))
-    large = (real(x, 1) - a) / (real(x, 1) + a)
-    large = -large if x < real(x, 0) else large
-    return large if abs(x) > real(x, _TANH_SMALL) else small
 
 
 def tanh(x):

@@ -6,16 +6,30 @@ thread of an AMD Zen 5, 4096 x 1024 in fp32, 2026-11). Asking ahead for the next
 with prefetches norms took 0 to 40 % longer there, from memory, whatever the cache asked for.
 """
 
+import math
+
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 from torch import Tensor
 
-from tilewise.kernels.numba._matmul import lanes_of, splat
+from tilewise.kernels.numba._lanes import (
+    DOUBLE,
+    FLOAT,
+    HALF,
+    Lanes,
+    constant,
+    lanes_of,
+    reduce,
+    splat,
+    vector_of,
+    where,
+    wider,
+)
 from tilewise.kernels.numba._parallel import INT32, INT64
-from tilewise.kernels.numba._simd import BRAIN, DOUBLE, FLOAT, HALF, arithmetic_of, load, store
+from tilewise.kernels.numba._simd import BRAIN, arithmetic_of
 
 CHUNK = np.int64(1024)  # elements of scratch: two such, and two inputs as long, stay in L1
 LINE = 64  # bytes
@@ -28,16 +42,13 @@ _HALVES = {types.int16: HALF, types.uint16: BRAIN}
 
 def streamed(*outs: Tensor) -> bool:
     """Whether to write these rows past the caches: large, each beginning on a cache line."""
-    return all(
-        out.nbytes >= STREAMED_BYTES
-        and out.data_ptr() % LINE == 0
-        and out.shape[-1] * out.itemsize % LINE == 0
-        for out in outs
-    )
-
-
-def _wider(t, lanes):
-    return t if lanes == 1 else ir.VectorType(t, lanes)
+    for out in outs:
+        if out.nbytes < STREAMED_BYTES:
+            return False
+    places = [
+        (out.data_ptr(), *(step * out.itemsize for step in out.stride()[:-1])) for out in outs
+    ]
+    return all(place % LINE == 0 for of_out in places for place in of_out)
 
 
 def emit_spread(builder, value, lanes):
@@ -53,30 +64,30 @@ def emit_read(builder, kind, p, i, lanes, wide):
     value = builder.load(p)
     value.align = kind.bitwidth // 8
     if kind == types.uint16:
-        bits = _wider(INT32, lanes)
+        bits = wider(INT32, lanes)
         sixteen = ir.Constant(INT32, 16) if lanes == 1 else ir.Constant(bits, [16] * lanes)
         value = builder.bitcast(
-            builder.shl(builder.zext(value, bits), sixteen), _wider(FLOAT, lanes)
+            builder.shl(builder.zext(value, bits), sixteen), wider(FLOAT, lanes)
         )
     elif kind == types.int16:
-        value = builder.bitcast(value, _wider(HALF, lanes))
-    return value if value.type == _wider(wide, lanes) else builder.fpext(value, _wider(wide, lanes))
+        value = builder.bitcast(value, wider(HALF, lanes))
+    return value if value.type == wider(wide, lanes) else builder.fpext(value, wider(wide, lanes))
 
 
 def emit_rounded(builder, kind, value, lanes):
     """`value` as `kind` would hold it."""
     if kind not in _HALVES:
         return value
-    return builder.fpext(builder.fptrunc(value, _wider(_HALVES[kind], lanes)), value.type)
+    return builder.fpext(builder.fptrunc(value, wider(_HALVES[kind], lanes)), value.type)
 
 
 def emit_write(builder, kind, p, i, value, lanes, past_caches):
     """Round to `kind` and write to elements `i` and on of `p`."""
     if kind in _HALVES:
-        value = builder.fptrunc(value, _wider(_HALVES[kind], lanes))
-        value = builder.bitcast(value, _wider(ir.IntType(16), lanes))
-    elif kind == types.float32 and value.type == _wider(DOUBLE, lanes):
-        value = builder.fptrunc(value, _wider(FLOAT, lanes))
+        value = builder.fptrunc(value, wider(_HALVES[kind], lanes))
+        value = builder.bitcast(value, wider(ir.IntType(16), lanes))
+    elif kind == types.float32 and value.type == wider(DOUBLE, lanes):
+        value = builder.fptrunc(value, wider(FLOAT, lanes))
     stored = builder.store(value, builder.bitcast(builder.gep(p, [i]), value.type.as_pointer()))
     stored.align = kind.bitwidth // 8 * (lanes if past_caches else 1)
     if past_caches and lanes > 1:
@@ -117,56 +128,90 @@ def scratch_of(count):
 scratch = scratch_of(CHUNK)  # a function's own
 
 
+def loop_of(compute, kept=0):
+    """A loop over elements: outs = compute(*ins, *numbers).
+
+    `compute` takes and returns `Lanes`, and None for an input that is None; an output that is None
+    is left out. The last `kept` outputs stay in the caches, whatever is said of the others; after
+    the last that do not, `finish_writes`.
+    """
+
+    @intrinsic
+    def loop(typing_context, outs, ins, numbers, count, past_caches):
+        wide = arithmetic_of(ins[0].dtype)
+
+        def emit(context, builder, signature, args):
+            outs_at, ins_at, numbers_at = (
+                cgutils.unpack_tuple(builder, given, len(kind))
+                for given, kind in zip(args, (outs, ins, numbers), strict=False)
+            )
+            real = context.get_value_type(wide)
+
+            def step(i, lanes, past_caches):
+                given = [
+                    Lanes(builder, emit_read(builder, p.dtype, at, i, lanes, real))
+                    if p != types.none else None
+                    for p, at in zip(ins, ins_at, strict=True)
+                ]  # fmt: skip
+                given += [Lanes(builder, emit_spread(builder, n, lanes)) for n in numbers_at]
+                for n, value in enumerate(compute(*given)):
+                    if outs[n] != types.none:
+                        past = past_caches and n < len(outs) - kept
+                        emit_write(builder, outs[n].dtype, outs_at[n], i, value.value, lanes, past)
+
+            emit_loop(builder, args[3], real, args[4], step)
+            return context.get_dummy_value()
+
+        return types.void(outs, ins, numbers, types.int64, types.boolean), emit
+
+    return loop
+
+
+write = loop_of(lambda x, *factor: (x * factor[0] if factor else x,))
+
+
+_AT_ONCE = 4  # maxima, so that they need not wait for each other
+
+
 @intrinsic
-def _stream_line(typing_context, to, source, line):
+def highest(typing_context, x, factor, count):
+    """The largest of x * factor, -inf of none, in a third of the time of `maximum`: it passes over
+    NaN."""
+    wide = arithmetic_of(x.dtype)
+
     def emit(context, builder, signature, args):
-        to, source, line = args
-        vector = ir.VectorType(to.type.pointee, LINE // context.get_abi_sizeof(to.type.pointee))
-        start = builder.mul(line, ir.Constant(line.type, vector.count))
-        value = builder.load(
-            builder.bitcast(builder.gep(source, [start]), vector.as_pointer()),
-            align=LINE // vector.count,
-        )
-        place = builder.bitcast(builder.gep(to, [start]), vector.as_pointer())
-        stored = builder.store(value, place, align=LINE)
-        stored.set_metadata("nontemporal", builder.module.add_metadata([INT32(1)]))
-        return context.get_dummy_value()
+        x_at, factor, count = args
+        real = context.get_value_type(wide)
+        lanes = lanes_of(real)
+        none = constant(vector_of(real), -math.inf)
+        tops = [cgutils.alloca_once_value(builder, none) for _ in range(_AT_ONCE)]
+        last = cgutils.alloca_once_value(builder, constant(real, -math.inf))
 
-    return types.void(to, source, types.int64), emit
+        def raise_to(top, i, lanes):
+            v = Lanes(builder, emit_read(builder, x.dtype, x_at, i, lanes, real))
+            v = v * Lanes(builder, emit_spread(builder, factor, lanes))
+            builder.store(_larger(v, Lanes(builder, builder.load(top))).value, top)
+
+        stride = INT64(lanes * _AT_ONCE)
+        whole = builder.sdiv(count, stride)
+        with cgutils.for_range(builder, whole) as loop:
+            for n, top in enumerate(tops):
+                i = builder.add(builder.mul(loop.index, stride), INT64(n * lanes))
+                raise_to(top, i, lanes)
+        done = builder.mul(whole, stride)
+        with cgutils.for_range_slice(builder, done, count, INT64(1)) as (i, _):
+            raise_to(last, i, 1)
+        top = Lanes(builder, builder.load(tops[0]))
+        for other in tops[1:]:
+            top = _larger(Lanes(builder, builder.load(other)), top)
+        top = Lanes(builder, reduce(builder, "fmax", top.value))
+        return _larger(top, Lanes(builder, builder.load(last))).value
+
+    return wide(x, wide, types.int64), emit
 
 
-@intrinsic
-def _per_line(typing_context, p):
-    def emit(context, builder, signature, args):
-        size = context.get_abi_sizeof(args[0].type.pointee)
-        return INT64(LINE // size)
-
-    return types.int64(p), emit
-
-
-def stream(to, source, count):
-    """Copy, past the caches, to a multiple of 64; after the last, `finish_writes`."""
-
-
-@overload(stream)
-def _stream(to, source, count):
-    if to != source:  # rounded on the way: not worth a pass of its own
-
-        def rounded(to, source, count):
-            for j in range(count):
-                store(to, j, load(source, j))
-
-        return rounded
-
-    def copied(to, source, count):
-        lines = count // _per_line(to)
-        for line in range(lines):
-            _stream_line(to, source, line)
-        done = lines * _per_line(to)
-        for j in range(count - done):
-            store(to, done + j, load(source, done + j))
-
-    return copied
+def _larger(x, y):
+    return where(x > y, x, y)
 
 
 @intrinsic

@@ -22,7 +22,7 @@ from tilewise.kernels.numba._lookup import (
 )
 from tilewise.kernels.numba._norm_rows import row_statistics, write_row
 from tilewise.kernels.numba._parallel import Kernel, callee, take
-from tilewise.kernels.numba._shared import partial_sums, parts_for, thread_scratch
+from tilewise.kernels.numba._shared import partial_sums, parts_for, summed, thread_scratch
 from tilewise.kernels.numba._simd import (
     INTEGER,
     address,
@@ -299,7 +299,7 @@ def embed_norm_backward(dy: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor,
         rows, cols, dy.stride(0), sums[0].shape[1], scratch.shape[1], parts,
     )  # fmt: skip
     dweight, dbias = (
-        part.sum(0)[:cols].to(weight.dtype) if want else weight.new_empty(0)
+        summed(part, weight) if want else weight.new_empty(0)
         for part, want in zip(sums, wanted, strict=True)
     )
     return g_mean, dot_mean, dweight, dbias

@@ -4,54 +4,57 @@ import math
 
 from torch import Tensor
 
-from tilewise.kernels.numba._activations import backward_kernels, forward_kernels, inline
+from tilewise.kernels.numba._activations import backward_kernels, forward_kernels
 from tilewise.kernels.numba._elements import chunks
-from tilewise.kernels.numba._simd import address, kind, load, offset, pointer, real, store
+from tilewise.kernels.numba._lanes import where
+from tilewise.kernels.numba._simd import address, kind, offset, pointer, real
+from tilewise.kernels.numba._stream import finish_writes, loop_of, streamed
 
 # The limit costs a quarter of the time of an element, so there are kernels without it.
 
 
 def _gated(activation):
-    return inline(lambda g, u, limit, alpha, inverse, up_offset: activation(g) * u)
+    return lambda gate, up, *numbers: (activation(gate) * up,)
+
+
+def _limited(x, limit):
+    return where(x > limit, limit, x)
 
 
 def _gated_within_limit(activation):
-    def gated(g, u, limit, alpha, inverse, up_offset):
-        h = limit if g > limit else g
-        v = limit if u > limit else (-limit if u < -limit else u)
-        t = alpha * h
-        return activation(t) * inverse * (v + up_offset)
+    def gated(gate, up, limit, alpha, inverse, up_offset):
+        v = where(up < -limit, -limit, _limited(up, limit))
+        return (activation(alpha * _limited(gate, limit)) * inverse * (v + up_offset),)
 
-    return inline(gated)
+    return gated
 
 
 def _slopes(activation):
-    def slopes(d, g, u, limit, alpha, inverse, up_offset):
-        value, slope = activation(g)
-        return d * u * slope, d * value
+    def slopes(dy, gate, up, *numbers):
+        value, slope = activation(gate)
+        return dy * up * slope, dy * value
 
-    return inline(slopes)
+    return slopes
 
 
 def _slopes_within_limit(activation):
-    def slopes(d, g, u, limit, alpha, inverse, up_offset):
-        h = limit if g > limit else g
-        v = limit if u > limit else (-limit if u < -limit else u)
-        t = alpha * h
-        value, slope = activation(t)
-        dgate, dup = d * (v + up_offset) * slope, d * value * inverse
-        return real(d, 0) if g > limit else dgate, real(d, 0) if abs(u) > limit else dup
+    def slopes(dy, gate, up, limit, alpha, inverse, up_offset):
+        v = where(up < -limit, -limit, _limited(up, limit))
+        value, slope = activation(alpha * _limited(gate, limit))
+        dgate, dup = dy * (v + up_offset) * slope, dy * value * inverse
+        return where(gate > limit, 0.0, dgate), where(abs(up) > limit, 0.0, dup)
 
-    return inline(slopes)
+    return slopes
 
 
 def _forward_chunk(gated):
+    loop = loop_of(gated)
+
     def chunk(
         task, y_at, gate_at, up_at, kind, rows, cols, row_step, col_step, gate_stride, up_stride,
-        limit, alpha, up_offset,
+        limit, alpha, up_offset, past_caches,
     ):  # fmt: skip
-        limit, up_offset = real(kind, limit), real(kind, up_offset)
-        inverse, alpha = real(kind, 1 / alpha), real(kind, alpha)
+        numbers = real(kind, limit), real(kind, alpha), real(kind, 1 / alpha), real(kind, up_offset)
         across = (cols + col_step - 1) // col_step
         row, col = task // across * row_step, task % across * col_step
         width = min(cols - col, col_step)
@@ -59,21 +62,22 @@ def _forward_chunk(gated):
             gate = offset(pointer(gate_at, kind), i * gate_stride + col)
             up = offset(pointer(up_at, kind), i * up_stride + col)
             y = offset(pointer(y_at, kind), i * cols + col)
-            for j in range(width):
-                g, u = load(gate, j), load(up, j)
-                store(y, j, gated(g, u, limit, alpha, inverse, up_offset))
+            loop((y,), (gate, up), numbers, width, past_caches)
+        if past_caches:
+            finish_writes()
 
     return chunk
 
 
 def _backward_chunk(slopes):
+    loop = loop_of(slopes)
+
     def chunk(
-        task, dgate_at, dup_at, dy_at, gate_at, up_at, kind,
+        task, dgate_at, dup_at, dy_at, gate_at, up_at, kind, dgate_kind, dup_kind,
         rows, cols, row_step, col_step, dgate_stride, dup_stride, dy_stride, gate_stride, up_stride,
-        limit, alpha, up_offset,
+        limit, alpha, up_offset, past_caches,
     ):  # fmt: skip
-        limit, up_offset = real(kind, limit), real(kind, up_offset)
-        inverse, alpha = real(kind, 1 / alpha), real(kind, alpha)
+        numbers = real(kind, limit), real(kind, alpha), real(kind, 1 / alpha), real(kind, up_offset)
         across = (cols + col_step - 1) // col_step
         row, col = task // across * row_step, task % across * col_step
         width = min(cols - col, col_step)
@@ -81,15 +85,11 @@ def _backward_chunk(slopes):
             dy = offset(pointer(dy_at, kind), i * dy_stride + col)
             gate = offset(pointer(gate_at, kind), i * gate_stride + col)
             up = offset(pointer(up_at, kind), i * up_stride + col)
-            dgate = offset(pointer(dgate_at, kind), i * dgate_stride + col)
-            dup = offset(pointer(dup_at, kind), i * dup_stride + col)
-            for j in range(width):
-                d, g, u = load(dy, j), load(gate, j), load(up, j)
-                dg, du = slopes(d, g, u, limit, alpha, inverse, up_offset)
-                if dgate_at:  # LLVM asks once, outside of the loop
-                    store(dgate, j, dg)
-                if dup_at:
-                    store(dup, j, du)
+            dgate = offset(pointer(dgate_at, dgate_kind), i * dgate_stride + col)
+            dup = offset(pointer(dup_at, dup_kind), i * dup_stride + col)
+            loop((dgate, dup), (dy, gate, up), numbers, width, past_caches)
+        if past_caches:
+            finish_writes()
 
     return chunk
 
@@ -121,13 +121,13 @@ def _is_plain(limit: float, alpha: float, up_offset: float) -> bool:
 def _launch_backward(dgate: Tensor, dup: Tensor, dy: Tensor, gate: Tensor, up: Tensor,
                      activation: str, *numbers: float) -> None:  # fmt: skip
     """Either of the first two may be empty: it is not wanted."""
-    given = [t for t in (dy, gate, up, dgate, dup) if t.numel()]
-    tasks, *sizes = chunks(*given)
+    outs = [t for t in (dgate, dup) if t.numel()]
+    tasks, *sizes = chunks(dy, gate, up, *outs)
     kernels = _backward if _is_plain(*numbers) else _backward_within_limit
     kernels[activation](
-        tasks, 3 * gate.numel(), *(address(t) if t.numel() else 0 for t in (dgate, dup)),
-        address(dy), address(gate), address(up), kind(gate), *sizes,
-        *(t.stride(0) for t in (dgate, dup, dy, gate, up)), *numbers,
+        tasks, 3 * gate.numel(), *map(address, (dgate, dup, dy, gate, up)), kind(gate),
+        *(kind(t) if t.numel() else None for t in (dgate, dup)), *sizes,
+        *(t.stride(0) for t in (dgate, dup, dy, gate, up)), *numbers, streamed(*outs),
     )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def glu_forward(
     kernels = _forward if _is_plain(limit, alpha, up_offset) else _forward_within_limit
     kernels[activation](
         tasks, 2 * gate.numel(), address(y), address(gate), address(up),
-        kind(gate), *sizes, gate.stride(0), up.stride(0), limit, alpha, up_offset,
+        kind(gate), *sizes, gate.stride(0), up.stride(0), limit, alpha, up_offset, streamed(y),
     )  # fmt: skip
     return y
 

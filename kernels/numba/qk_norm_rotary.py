@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tilewise.kernels.numba._parallel import Kernel
 from tilewise.kernels.numba._rotation import PAST, inline, layout, places, position_of
-from tilewise.kernels.numba._shared import partial_sums, parts_for
+from tilewise.kernels.numba._shared import partial_sums, parts_for, summed
 from tilewise.kernels.numba._simd import (
     address,
     kind,
@@ -220,7 +220,7 @@ def qk_norm_rotary_backward(
         interleaved, weight_offset,
     )  # fmt: skip
     dweights = (
-        weight.new_empty(0) if s is None else s.sum(0)[: len(weight)].to(weight.dtype)
+        weight.new_empty(0) if s is None else summed(s, weight)
         for weight, s in zip((q_weight, k_weight), sums, strict=True)
     )
     return *grads, *dweights

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tilewise.kernels.numba import _lanes
 from tilewise.kernels.numba._parallel import Kernel, callee
 from tilewise.kernels.numba._shared import PARTS, broadcast_strides, partial_sums, parts_for
 from tilewise.kernels.numba._simd import (
@@ -24,47 +25,43 @@ from tilewise.kernels.numba._simd import (
     store,
     tanh,
 )
+from tilewise.kernels.numba._stream import finish_writes, highest, loop_of, streamed, write
 
 FLAG = np.uint8(0)
+
+
+_write_logs = loop_of(lambda x, factor, shift, less: (_lanes.fma(x, factor, shift) - less,))
+_write_gradient = loop_of(lambda dy, y, factor, dot: (factor * y * (dy - dot),))
+_write_log_gradient = loop_of(lambda dy, y, factor, sum: (factor * (dy - _lanes.exp(y) * sum),))
 
 
 @Kernel
 def _forward(
     part, y_at, scratch_at, x_at,
-    kind, wide, rows, cols, x_stride, parts, scale,
+    kind, wide, rows, cols, x_stride, parts, scale, in_place, past_caches,
 ):  # fmt: skip
-    # y = exp(scale * x - peak) / total. A 16-bit y would round the exponentials: they wait in
-    # scratch, which is 0 where y itself can hold them.
-    factor, scratch = real(kind, scale), offset(pointer(scratch_at, wide), part * cols)
+    # y = exp(scale * x - peak) / total. The exponentials wait in scratch, one row a part, which is
+    # y itself where that can hold them and is to stay in the caches.
+    factor = real(kind, scale)
     for i in range(part * rows // parts, (part + 1) * rows // parts):
         x = offset(pointer(x_at, kind), i * x_stride)
-        y = offset(pointer(y_at, kind), i * cols)
+        powers = offset(pointer(scratch_at, wide), (i if in_place else part) * cols)
 
-        peak = real(kind, -np.inf)
-        for j in range(cols):
-            peak = maximum(load(x, j) * factor, peak)
-
+        peak = highest(x, factor, cols)
         total = real(kind, 0)
-        if scratch_at:
-            for j in range(cols):
-                e = exp(fma(load(x, j), factor, -peak))
-                total += e
-                store(scratch, j, e)
-            inverse = real(kind, 1) / total
-            for j in range(cols):
-                store(y, j, load(scratch, j) * inverse)
-        else:
-            for j in range(cols):
-                e = exp(fma(load(x, j), factor, -peak))
-                total += e
-                store(y, j, e)
-            inverse = real(kind, 1) / total
-            for j in range(cols):
-                store(y, j, load(y, j) * inverse)
+        for j in range(cols):
+            e = exp(fma(load(x, j), factor, -peak))
+            total += e
+            store(powers, j, e)
+        inverse = real(kind, 1) / total
+        y = offset(pointer(y_at, kind), i * cols)
+        write((y,), (powers,), (inverse,), cols, past_caches)
+    if past_caches:
+        finish_writes()
 
 
 @Kernel
-def _log_forward(part, y_at, x_at, kind, rows, cols, x_stride, parts, scale):
+def _log_forward(part, y_at, x_at, kind, rows, cols, x_stride, parts, scale, past_caches):
     # y = (scale * x - peak) - log(total): peak + log(total) would lose the logarithm in a large
     # peak.
     factor = real(kind, scale)
@@ -72,40 +69,23 @@ def _log_forward(part, y_at, x_at, kind, rows, cols, x_stride, parts, scale):
         x = offset(pointer(x_at, kind), i * x_stride)
         y = offset(pointer(y_at, kind), i * cols)
 
-        peak = real(kind, -np.inf)
-        for j in range(cols):
-            peak = maximum(load(x, j) * factor, peak)
+        peak = highest(x, factor, cols)
         total = real(kind, 0)
         for j in range(cols):
             total += exp(fma(load(x, j), factor, -peak))
         log_total = real(kind, math.log(total))
-        for j in range(cols):
-            store(y, j, fma(load(x, j), factor, -peak) - log_total)
+        _write_logs((y,), (x,), (factor, -peak, log_total), cols, past_caches)
+    if past_caches:
+        finish_writes()
 
 
 @Kernel
 def _backward(
-    part, dx_at, dy_at, y_at, kind, rows, cols, dy_stride, y_stride, parts, scale
+    part, dx_at, dy_at, y_at, kind, rows, cols, dy_stride, y_stride, parts, scale, log,
+    past_caches,
 ):  # fmt: skip
-    # dx = scale * y * (dy - dot), with dot = sum(dy * y)
-    factor = real(kind, scale)
-    for i in range(part * rows // parts, (part + 1) * rows // parts):
-        dy = offset(pointer(dy_at, kind), i * dy_stride)
-        y = offset(pointer(y_at, kind), i * y_stride)
-        dx = offset(pointer(dx_at, kind), i * cols)
-
-        dot = real(kind, 0)
-        for j in range(cols):
-            dot += load(dy, j) * load(y, j)
-        for j in range(cols):
-            store(dx, j, factor * load(y, j) * (load(dy, j) - dot))
-
-
-@Kernel
-def _log_backward(
-    part, dx_at, dy_at, y_at, kind, rows, cols, dy_stride, y_stride, parts, scale
-):  # fmt: skip
-    # dx = scale * (dy - exp(y) * total), with total = sum(dy)
+    # dx = scale * y * (dy - dot), with dot = sum(dy * y);
+    # of the logarithm: dx = scale * (dy - exp(y) * total), with total = sum(dy)
     factor = real(kind, scale)
     for i in range(part * rows // parts, (part + 1) * rows // parts):
         dy = offset(pointer(dy_at, kind), i * dy_stride)
@@ -113,10 +93,18 @@ def _log_backward(
         dx = offset(pointer(dx_at, kind), i * cols)
 
         total = real(kind, 0)
-        for j in range(cols):
-            total += load(dy, j)
-        for j in range(cols):
-            store(dx, j, factor * (load(dy, j) - exp(load(y, j)) * total))
+        if log:
+            for j in range(cols):
+                total += load(dy, j)
+        else:
+            for j in range(cols):
+                total += load(dy, j) * load(y, j)
+        if log:
+            _write_log_gradient((dx,), (dy, y), (factor, total), cols, past_caches)
+        else:
+            _write_gradient((dx,), (dy, y), (factor, total), cols, past_caches)
+    if past_caches:
+        finish_writes()
 
 
 # --- With softcap, bias, mask or causal limit.
@@ -148,7 +136,7 @@ def _hide(s, cols, mask_at, step, hidden):
 def _scored_forward(
     part, y_at, scratch_at, x_at, bias_at, mask_at, kind, wide, bias_kind,
     rows, cols, x_stride, bias_strides, mask_strides, heads, queries, parts,
-    scale, softcap, causal, zero, log,
+    scale, softcap, causal, zero, log, past_caches,
 ):  # fmt: skip
     factor, cap = real(kind, scale), real(kind, softcap)
     lowest = real(kind, -np.inf)
@@ -186,7 +174,7 @@ def _scored_forward(
                 total += exp(load(s, j) - peak)
             log_total = real(kind, math.log(total))
             for j in range(seen):
-                store(y, j, load(s, j) - peak - log_total)
+                store(s, j, load(s, j) - peak - log_total)
             unseen = lowest - log_total  # NaN, where the row is
         else:
             for j in range(seen):
@@ -195,10 +183,13 @@ def _scored_forward(
                 store(s, j, e)
             inverse = real(kind, 1) / total
             for j in range(seen):
-                store(y, j, load(s, j) * inverse)
+                store(s, j, load(s, j) * inverse)
             unseen = real(kind, 0) * inverse
-        for j in range(cols - seen):
-            store(y, seen + j, unseen)
+        for j in range(seen, cols):
+            store(s, j, unseen)
+        write((y,), (s,), (), cols, past_caches)
+    if past_caches:
+        finish_writes()
 
 
 @callee
@@ -237,7 +228,7 @@ def _dscores(
 def _scored_backward(
     part, dx_at, scratch_at, dy_at, y_at, x_at, mask_at, kind, wide,
     rows, cols, dy_stride, x_stride, mask_strides, heads, queries, parts,
-    scale, softcap, causal, zero, log,
+    scale, softcap, causal, zero, log, past_caches,
 ):  # fmt: skip
     factor, cap = real(kind, scale), real(kind, softcap)
     s = offset(pointer(scratch_at, wide), part * cols)
@@ -253,10 +244,11 @@ def _scored_backward(
                 t, ds = tanh(load(x, j) * factor / cap), load(s, j)
                 ds = ds if ds == real(kind, 0) else ds * (real(kind, 1) - t * t)
                 store(s, j, ds)  # 0, whatever lies under the mask
-        for j in range(seen):
-            store(dx, j, factor * load(s, j))
-        for j in range(cols - seen):
-            store(dx, seen + j, real(kind, 0))
+        for j in range(seen, cols):
+            store(s, j, real(kind, 0))
+        write((dx,), (s,), (factor,), cols, past_caches)
+    if past_caches:
+        finish_writes()
 
 
 @Kernel
@@ -293,14 +285,16 @@ def softmax_forward(x: Tensor, scale: float, log: bool) -> Tensor:
     y = x.new_empty(rows, cols)
     parts = parts_for(rows)
     sizes = (rows, cols, x.stride(0), parts, scale)
+    past_caches = streamed(y)
     if log:
-        _log_forward(parts, x.numel(), address(y), address(x), kind(x), *sizes)
+        _log_forward(parts, x.numel(), address(y), address(x), kind(x), *sizes, past_caches)
         return y
     wide = torch.promote_types(x.dtype, torch.float32)
-    scratch = None if wide == x.dtype else x.new_empty(parts, cols, dtype=wide)
+    in_place = wide == x.dtype and not past_caches
+    powers = y if in_place else x.new_empty(parts, cols, dtype=wide)
     _forward(
-        parts, x.numel(), address(y), address(scratch), address(x),
-        kind(x), kind(y if scratch is None else scratch), *sizes,
+        parts, x.numel(), address(y), address(powers), address(x),
+        kind(x), kind(powers), *sizes, in_place, past_caches,
     )  # fmt: skip
     return y
 
@@ -310,10 +304,9 @@ def softmax_backward(dy: Tensor, y: Tensor, scale: float, log: bool) -> Tensor:
     rows, cols = y.shape
     dx = y.new_empty(rows, cols)
     parts = parts_for(rows)
-    kernel = _log_backward if log else _backward
-    kernel(
+    _backward(
         parts, 2 * y.numel(), address(dx), address(dy), address(y),
-        kind(y), rows, cols, dy.stride(0), y.stride(0), parts, scale,
+        kind(y), rows, cols, dy.stride(0), y.stride(0), parts, scale, log, streamed(dx),
     )  # fmt: skip
     return dx
 
@@ -326,12 +319,12 @@ def scored_softmax_forward(
     rows, cols = x.shape
     y = x.new_empty(rows, cols)
     parts = parts_for(rows)
-    scratch = x.new_empty(parts, cols, dtype=torch.promote_types(x.dtype, torch.float32))
+    scores = x.new_empty(parts, cols, dtype=torch.promote_types(x.dtype, torch.float32))
     _scored_forward(
-        parts, x.numel(), address(y), address(scratch), address(x), address(bias), address(mask),
-        kind(x), kind(scratch), kind(x if bias is None else bias),
+        parts, x.numel(), address(y), address(scores), address(x), address(bias), address(mask),
+        kind(x), kind(scores), kind(x if bias is None else bias),
         rows, cols, x.stride(0), broadcast_strides(bias), broadcast_strides(mask),
-        heads, queries, parts, scale, softcap, causal, zero, log,
+        heads, queries, parts, scale, softcap, causal, zero, log, streamed(y),
     )  # fmt: skip
     return y
 
@@ -347,12 +340,12 @@ def scored_softmax_backward(
     dx = y.new_empty(rows, cols)
     parts = parts_for(rows)
     wide = torch.promote_types(y.dtype, torch.float32)
-    scratch = y.new_empty(parts, cols, dtype=wide)
+    scores = y.new_empty(parts, cols, dtype=wide)
     _scored_backward(
-        parts, 2 * y.numel(), address(dx), address(scratch), address(dy), address(y),
-        address(x), address(mask), kind(y), kind(scratch),
+        parts, 2 * y.numel(), address(dx), address(scores), address(dy), address(y),
+        address(x), address(mask), kind(y), kind(scores),
         rows, cols, dy.stride(0), 0 if x is None else x.stride(0), broadcast_strides(mask),
-        heads, queries, parts, scale, softcap, causal, zero, log,
+        heads, queries, parts, scale, softcap, causal, zero, log, streamed(dx),
     )  # fmt: skip
     if not want_dbias:
         return dx, y.new_empty(0)
@@ -362,10 +355,10 @@ def scored_softmax_backward(
     copies = rows // lines
     parts = min(copies, -(-PARTS // lines))
     sums = partial_sums(y, lines * parts, wide)
-    scratch = y.new_empty(lines * parts, cols, dtype=wide)
+    scores = y.new_empty(lines * parts, cols, dtype=wide)
     _bias_backward(
-        lines * parts, 2 * y.numel(), address(sums), address(scratch), address(dy), address(y),
-        address(mask), kind(y), kind(scratch),
+        lines * parts, 2 * y.numel(), address(sums), address(scores), address(dy), address(y),
+        address(mask), kind(y), kind(scores),
         cols, dy.stride(0), sums.shape[1], broadcast_strides(mask), heads, queries,
         tuple(bias.shape[:-1]), copies, parts, causal, zero, log,
     )  # fmt: skip

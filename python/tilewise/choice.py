@@ -140,7 +140,7 @@ def _strictly(op: Op, name: str, *tensors: Tensor | None, **options: Any) -> str
 def _automatic(op: Op, *tensors: Tensor | None, **options: Any) -> str:
     first = tensors[op.leading]
     assert first is not None
-    for name in _able(op.name, first.device.type, first.dtype):
+    for name in _able(op.name, first.device, first.dtype):
         candidate = op.backends.get(name)
         if candidate is None:
             continue
@@ -152,10 +152,12 @@ def _automatic(op: Op, *tensors: Tensor | None, **options: Any) -> str:
     return "reference"
 
 
-_ABLE: dict[tuple[str, str, torch.dtype, bool], tuple[Mapping[str, Backend], list[str]]] = {}
+_ABLE: dict[
+    tuple[str, torch.device, torch.dtype, bool], tuple[Mapping[str, Backend], list[str]]
+] = {}
 
 
-def _able(op: str, device: str, dtype: torch.dtype) -> list[str]:
+def _able(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     """The backends that the automatic choice has to ask about tensors of this device and dtype.
 
     Kept, as long as the op has the same backends, and as many are built: 0.4 us, not 3.
@@ -166,7 +168,7 @@ def _able(op: str, device: str, dtype: torch.dtype) -> list[str]:
         names = [
             name
             for name, candidate in backends.items()
-            if device in candidate.devices
+            if device.type in candidate.devices
             and dtype in candidate.dtypes
             and _present(candidate.needs)
             and stand_in(name) is None

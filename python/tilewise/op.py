@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -97,11 +97,10 @@ class Op:
     flops: Callable[..., int] | None = None
     native: Callable[..., Any] | None = None
     constants: frozenset[int] = frozenset()
+    leading: int = field(init=False)  # which tensor has the device and the dtype, as its backends
 
-    @property
-    def leading(self) -> int:
-        """Which tensor has the device and the dtype, for all its backends."""
-        return next(iter(self.backends.values())).leading
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "leading", next(iter(self.backends.values())).leading)
 
 
 OPS: dict[str, Op] = {}

@@ -66,14 +66,14 @@ def test_true_classes_at_the_ends_of_blocks(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_numba_past_the_caches(dtype, monkeypatch):
     """To rows that begin on lines of the caches and end within one."""
-    from tilewise.kernels.numba import _logits
+    from tilewise.kernels.numba import _logits, _stream
 
     logits, target = rows_of(5, 2181, dtype)
     numbers, dlosses = (-100, 0.1, 0.0, 0.0, 1.0), torch.rand(1, 5, dtype=_logits._wide(logits))
     _, _, statistics = _logits.row_losses(logits[None], target[None], None, numbers)
     found = []
-    for least in (_logits.STREAMED, 0):
-        monkeypatch.setattr(_logits, "STREAMED", least)
+    for least in (_stream.STREAMED_BYTES, 0):
+        monkeypatch.setattr(_stream, "STREAMED_BYTES", least)
         memory = torch.full((1, 5, 2240), 7, dtype=dtype)
         _logits.row_gradients(
             memory[..., :2181], dlosses, None, logits[None], target[None], None, statistics,
@@ -171,7 +171,7 @@ def test_checked_inputs_that_are_right(backend):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("classes", [5, 8200])
 def test_infinite_and_missing_logits_are_those_of_torch(backend, classes, smoothing):
-    logits, target = rows_of(9, classes)
+    logits, target = rows_of(12, classes)
     target[:] = classes - 2
     logits[0, 0] = -math.inf
     logits[1, classes - 2] = -math.inf
@@ -181,6 +181,10 @@ def test_infinite_and_missing_logits_are_those_of_torch(backend, classes, smooth
     logits[5, classes - 2] = math.inf
     logits[6, classes - 1] = math.nan
     logits[7, : classes - 2] = -math.inf
+    logits[8, : classes - 2] = math.nan  # whole blocks of it, with a shift and without
+    logits[9, 2:] = math.nan
+    logits[10, : classes - 2] = -math.inf
+    logits[10, 1] = math.nan
     options = {"reduction": "none", "label_smoothing": smoothing}
     truth = loss_and_gradient(F.cross_entropy, logits.double(), target, **options)
     theirs = loss_and_gradient(F.cross_entropy, logits, target, **options)
