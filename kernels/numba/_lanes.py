@@ -24,10 +24,17 @@ def _features() -> set[str]:
 
 
 _FEATURES = _features()
+
+
+def has(feature: str) -> bool:
+    """Whether the CPU that is compiled for has what LLVM calls by this name."""
+    return feature in _FEATURES
+
+
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # Fp32 numbers in a vector: 64 bytes with AVX-512, 32 with AVX2, 16 anywhere (SSE, NEON).
-LANES = 16 if "avx512f" in _FEATURES else 8 if "avx2" in _FEATURES else 4
+LANES = 16 if has("avx512f") else 8 if has("avx2") else 4
 
 
 def lanes_of(scalar):

@@ -32,7 +32,7 @@ FAST = frozenset({"reassoc", "nsz", "arcp", "contract"})
 # A parallel region costs microseconds: below this many elements one thread is faster.
 SERIAL_BELOW = 1 << 14
 
-INT8, INT32, INT64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 
 
 # --- Compiled code is kept, outside site-packages, in a folder named by all that went into it.

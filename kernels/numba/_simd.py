@@ -9,14 +9,12 @@ import math
 
 import numpy as np
 import torch
-from llvmlite import ir
-from llvmlite.ir.types import _BaseFloatType
 from numba import types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from tilewise.kernels.numba import _lanes
-from tilewise.kernels.numba._lanes import FLOAT, HALF, call
+from tilewise.kernels.numba import _lanes, _sixteen
+from tilewise.kernels.numba._lanes import call
 
 KINDS = {
     torch.float32: np.float32(0),
@@ -29,20 +27,6 @@ KINDS = {
 }
 
 INTEGER = KINDS[torch.int64]
-
-
-class _BrainFloatType(_BaseFloatType):
-    """LLVM's bfloat, which llvmlite does not name: its fptrunc is 1.37 x integer rounding."""
-
-    null = "0.0"
-    intrinsic_name = "bf16"
-
-    def __str__(self):
-        return "bfloat"
-
-
-_BrainFloatType._create_instance()
-BRAIN = _BrainFloatType()
 
 
 def kind(x: Tensor) -> np.generic:
@@ -93,17 +77,12 @@ def offset(typing_context, p, elements):
 def load(typing_context, p, i):
     """Read element `i` of `p` as fp32, as fp64 where it is fp64, integers as they are."""
     dtype = p.dtype
-    floats = (types.float32, types.int16, types.uint16)
+    floats = (types.float32, *_sixteen.KINDS)
     result = types.float32 if dtype in floats else dtype
 
     def emit(context, builder, signature, args):
         value = builder.load(builder.gep(args[0], [args[1]]))
-        if dtype == types.int16:
-            return builder.fpext(builder.bitcast(value, HALF), FLOAT)
-        if dtype == types.uint16:
-            wide = builder.zext(value, ir.IntType(32))
-            return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), FLOAT)
-        return value
+        return _sixteen.widen(builder, dtype, value) if dtype in _sixteen.KINDS else value
 
     return result(p, types.int64), emit
 
@@ -112,15 +91,13 @@ def load(typing_context, p, i):
 def store(typing_context, p, i, value):
     """Round `value` to the kind of `p` and write it to element `i`."""
     dtype = p.dtype
-    floats = (types.float32, types.int16, types.uint16)
+    floats = (types.float32, *_sixteen.KINDS)
     source = types.float32 if dtype in floats else dtype
 
     def emit(context, builder, signature, args):
         p, i, value = args
-        if dtype == types.int16:
-            value = builder.bitcast(builder.fptrunc(value, HALF), ir.IntType(16))
-        elif dtype == types.uint16:
-            value = builder.bitcast(builder.fptrunc(value, BRAIN), ir.IntType(16))
+        if dtype in _sixteen.KINDS:
+            value = _sixteen.narrow(builder, dtype, value)
         builder.store(value, builder.gep(p, [i]))
         return context.get_dummy_value()
 

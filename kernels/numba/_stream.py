@@ -2,8 +2,10 @@
 
 LLVM's own vectoriser takes four lanes where a loop ends in 16-bit floats; and a store that does not
 first read the line it fills is 1.5 to 1.8 x as fast where the output is larger than the caches (one
-thread of an AMD Zen 5, 4096 x 1024 in fp32, 2026-11). Asking ahead for the next row does not help:
-with prefetches norms took 0 to 40 % longer there, from memory, whatever the cache asked for.
+thread of an AMD Zen 5, 4096 x 1024 in fp32, 2026-11). It has to be the loop that computes: gelu in
+one loop took 0.9 to 1.1 ms there, and 1.2 into scratch that was then copied past the caches. Asking
+ahead for the next row does not help: with prefetches norms took 0 to 40 % longer, from memory,
+whatever the cache asked for.
 """
 
 import math
@@ -15,10 +17,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from tilewise.kernels.numba import _sixteen
 from tilewise.kernels.numba._lanes import (
     DOUBLE,
     FLOAT,
-    HALF,
     Lanes,
     constant,
     lanes_of,
@@ -29,7 +31,7 @@ from tilewise.kernels.numba._lanes import (
     wider,
 )
 from tilewise.kernels.numba._parallel import INT32, INT64
-from tilewise.kernels.numba._simd import BRAIN, arithmetic_of
+from tilewise.kernels.numba._simd import arithmetic_of
 
 CHUNK = np.int64(1024)  # elements of scratch: two such, and two inputs as long, stay in L1
 LINE = 64  # bytes
@@ -37,18 +39,17 @@ LINE = 64  # bytes
 # Below this an output is likely to be read again from the caches, and worth keeping there.
 STREAMED_BYTES = 1 << 23
 
-_HALVES = {types.int16: HALF, types.uint16: BRAIN}
-
 
 def streamed(*outs: Tensor) -> bool:
     """Whether to write these rows past the caches: large, each beginning on a cache line."""
     for out in outs:
         if out.nbytes < STREAMED_BYTES:
             return False
-    places = [
-        (out.data_ptr(), *(step * out.itemsize for step in out.stride()[:-1])) for out in outs
-    ]
-    return all(place % LINE == 0 for of_out in places for place in of_out)
+    return all(
+        out.data_ptr() % LINE == 0
+        and all(step * out.itemsize % LINE == 0 for step in out.stride()[:-1])
+        for out in outs
+    )
 
 
 def emit_spread(builder, value, lanes):
@@ -63,29 +64,22 @@ def emit_read(builder, kind, p, i, lanes, wide):
         p = builder.bitcast(p, ir.VectorType(p.type.pointee, lanes).as_pointer())
     value = builder.load(p)
     value.align = kind.bitwidth // 8
-    if kind == types.uint16:
-        bits = wider(INT32, lanes)
-        sixteen = ir.Constant(INT32, 16) if lanes == 1 else ir.Constant(bits, [16] * lanes)
-        value = builder.bitcast(
-            builder.shl(builder.zext(value, bits), sixteen), wider(FLOAT, lanes)
-        )
-    elif kind == types.int16:
-        value = builder.bitcast(value, wider(HALF, lanes))
+    if kind in _sixteen.KINDS:
+        value = _sixteen.widen(builder, kind, value)
     return value if value.type == wider(wide, lanes) else builder.fpext(value, wider(wide, lanes))
 
 
 def emit_rounded(builder, kind, value, lanes):
     """`value` as `kind` would hold it."""
-    if kind not in _HALVES:
+    if kind not in _sixteen.KINDS:
         return value
-    return builder.fpext(builder.fptrunc(value, wider(_HALVES[kind], lanes)), value.type)
+    return _sixteen.widen(builder, kind, _sixteen.narrow(builder, kind, value))
 
 
 def emit_write(builder, kind, p, i, value, lanes, past_caches):
     """Round to `kind` and write to elements `i` and on of `p`."""
-    if kind in _HALVES:
-        value = builder.fptrunc(value, wider(_HALVES[kind], lanes))
-        value = builder.bitcast(value, wider(ir.IntType(16), lanes))
+    if kind in _sixteen.KINDS:
+        value = _sixteen.narrow(builder, kind, value)
     elif kind == types.float32 and value.type == wider(DOUBLE, lanes):
         value = builder.fptrunc(value, wider(FLOAT, lanes))
     stored = builder.store(value, builder.bitcast(builder.gep(p, [i]), value.type.as_pointer()))
