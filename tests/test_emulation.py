@@ -24,6 +24,7 @@ from tilewise.op import OPS
 ROOT = Path(__file__).parent.parent
 SEEDED = sorted((ROOT / "tests" / "emulation").glob("*.cu"))
 ORDERS = ("forward", "reverse", "2", "3")
+CLUSTERED = ("layer_norm", "rms_norm", "softmax", "scored_softmax")  # where rows are wide
 CLEAN_ORDERS = "21"  # 0 to 20, each the seed of another order
 
 # The build that finds a bug, and what it says. "wrong" is a number that came out wrong: no line.
@@ -204,12 +205,12 @@ def test_an_impossible_patience_is_refused(monkeypatch):
         pytest.param("address", 1, "--over 4096", marks=pytest.mark.slow),
         # 0.4 ms a thread: one op after the other, and one width that a cluster shares.
         *(
-            pytest.param("thread", 1, f"--cols 131 {op}", marks=pytest.mark.slow)
-            for op in selftested()
-        ),
-        *(
-            pytest.param("thread", 1, f"--over 4096 --cols 16400 {op}", marks=pytest.mark.slow)
-            for op in ("layer_norm", "rms_norm", "softmax", "scored_softmax")
+            pytest.param("thread", 1, f"--aligned {widths} {op}", marks=pytest.mark.slow)
+            for widths, ops in (
+                ("--cols 65", selftested()),
+                ("--over 4096 --cols 16400", CLUSTERED),
+            )
+            for op in ops
         ),
         pytest.param("memory", 4, "--cols 4096", marks=pytest.mark.slow),  # half a minute
     ],

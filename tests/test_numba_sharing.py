@@ -75,6 +75,19 @@ def test_past_the_caches_goes_the_same(name, size, dtype, monkeypatch):
     torch.testing.assert_close(*found, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", [op.name for op in OPS.values() if "numba" in op.backends])
+def test_no_bit_depends_on_where_tensors_lie(name):
+    """Of small ones the next may lie just behind the last."""
+    op = OPS[name]
+    tensors, options = op.inputs(**op.sizes[0], device="cpu", dtype=torch.float32)
+    options["backend"] = "numba"
+    first, *others = (
+        [*outputs_and_grads(op, op.call, tensors, options), torch.empty(16 * i)] for i in range(40)
+    )
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first[:-1], other[:-1], strict=True))
+
+
 # Enough rows that threads meet; where the last declared size has few.
 LARGE = {
     "embed": {"batch": 8, "seq": 40, "vocab": 9, "cols": 200, "positions": 40, "norm": "like x",

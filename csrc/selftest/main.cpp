@@ -1,7 +1,8 @@
-// selftest [--orders N] [--cols N] [--over N] [OP ...]: hold every launcher to fp64, without
-// Python, in N orders and on rows of at most N columns, or of more than N. Compiled by nvcc it runs
-// on a GPU, where compute-sanitizer can watch it; compiled against csrc/emulation/, on a CPU. One
-// line of JSON for each case; 1 if any is wrong, 3 if a launch failed.
+// selftest [--orders N] [--cols N] [--over N] [--aligned] [OP ...]: hold every launcher to fp64,
+// without Python, in N orders, on rows of at most N columns, or of more than N, and on arrays that
+// are misaligned in turn unless told otherwise. Compiled by nvcc it runs on a GPU, where
+// compute-sanitizer can watch it; compiled against csrc/emulation/, on a CPU. One line of JSON for
+// each case; 1 if any is wrong, 3 if a launch failed.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -15,11 +16,11 @@ namespace tilewise::selftest {
 namespace {
 
 constexpr size_t kLittle = 8192;  // bytes of outputs
-constexpr int kMisaligned = 3;    // arrays of a case
 
 int orders = 4;
 int64_t most_cols = INT64_MAX;
 int64_t over_cols = 0;
+int misaligned = 3;  // arrays of a case
 int wrong = 0;
 int cases = 0;
 
@@ -104,8 +105,8 @@ void report(const std::string& name, const std::function<Run()>& run, const Refe
     if (run().bits != first.bits) what = "other bits in run " + std::to_string(i);
   }
   choose_order(0);
-  for (int i = 0; i < std::min(arrays, kMisaligned); ++i) {
-    const int number = (cases * kMisaligned + i) % arrays;
+  for (int i = 0; i < std::min(arrays, misaligned); ++i) {
+    const int number = (cases * misaligned + i) % arrays;
     misalign(number);
     const Run again = run();
     if (again.bits != first.bits) {
@@ -146,6 +147,8 @@ int main(int count, char** words) {
       most_cols = std::atoll(words[++i]);
     } else if (!std::strcmp(words[i], "--over") && i + 1 < count) {
       over_cols = std::atoll(words[++i]);
+    } else if (!std::strcmp(words[i], "--aligned")) {
+      misaligned = 0;
     } else if (ops.count(words[i])) {
       chosen.push_back(words[i]);
     } else {

@@ -95,15 +95,6 @@ def call(builder, name, *args):
     return builder.call(cgutils.get_or_insert_function(builder.module, function, name), args)
 
 
-def reduce(builder, name, vector):
-    """One of LLVM's reductions of a vector of numbers that are no NaN."""
-    t = vector.type
-    kind = ir.FunctionType(t.element, [t])
-    name = f"llvm.vector.reduce.{name}.v{t.count}{'f32' if t.element == FLOAT else 'f64'}"
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    return builder.call(function, [vector], fastmath=("nnan", "nsz"))
-
-
 # --- With operators.
 
 
@@ -182,6 +173,23 @@ class Lanes:
         """The product, rounded by itself: in no sum with what it is added to."""
         return self._made("fmul", self, other, flags=("nsz",))
 
+    def halved(self, combine):
+        """All lanes in one scalar: each half combined with the other until one is left."""
+        builder, value = self.builder, self.value
+        while isinstance(value.type, ir.VectorType):
+            half = value.type.count // 2
+            if half == 1:
+                ends = (builder.extract_element(value, INT32(i)) for i in range(2))
+                value = combine(*(Lanes(builder, end) for end in ends)).value
+                continue
+            undefined = ir.Constant(value.type, ir.Undefined)
+            parts = []
+            for start in (0, half):
+                places = ir.Constant(ir.VectorType(INT32, half), list(range(start, start + half)))
+                parts.append(Lanes(builder, builder.shuffle_vector(value, undefined, places)))
+            value = combine(*parts).value
+        return Lanes(builder, value)
+
     @property
     def is_double(self):
         return getattr(self.value.type, "element", self.value.type) == DOUBLE
@@ -204,6 +212,11 @@ def where(condition, x, y):
     """x where the condition holds, else y; one of them is `Lanes`."""
     x, y = map((x if isinstance(x, Lanes) else y).operand, (x, y))
     return Lanes(condition.builder, condition.builder.select(condition.value, x, y))
+
+
+def larger(x, y):
+    """The larger; y where x is NaN."""
+    return where(x > y, x, y)
 
 
 def kept(x, factor):

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from tilewise.kernels.numba._dropout import SCALE, mark_kept
-from tilewise.kernels.numba._norm_rows import add_row, row_statistics, write_gradient, write_row
+from tilewise.kernels.numba._norm_rows import (
+    add_gradients,
+    add_row,
+    row_statistics,
+    write_gradient,
+    write_row,
+)
 from tilewise.kernels.numba._parallel import SERIAL_BELOW, Kernel, callee
 from tilewise.kernels.numba._shared import partial_sums, parts_for, summed
 from tilewise.kernels.numba._simd import (
@@ -58,22 +64,10 @@ def _add_row(total, line, x, residual, cols, dropout, row, past_caches):
 
 
 @callee
-def _sum_gradients(dweight, dbias, dy, x, weight, mean, rstd, cols, weight_offset, wanted):
-    """Add a row to the gradients of weight and bias; the sums of g and g * xhat, if `wanted`."""
-    g_sum, dot = real(dy, 0), real(dy, 0)
-    added = real(dy, weight_offset)
-    for j in range(cols):
-        d, xhat = load(dy, j), (load(x, j) - mean) * rstd
-        if dweight is not None:
-            store(dweight, j, load(dweight, j) + d * xhat)
-        if dbias is not None:
-            store(dbias, j, load(dbias, j) + d)
-        if wanted is not None:
-            g = d
-            if weight is not None:
-                g = d * (real(dy, load(weight, j)) + added)
-            g_sum += g
-            dot += g * xhat
+def _sum_gradients(dweight, dbias, dy, x, weight, mean, rstd, cols, weight_offset):
+    """Add a row to the gradients of weight and bias; the means of g and g * xhat."""
+    ins, numbers = (dy, x, weight, dweight, dbias), (mean, rstd, real(dy, weight_offset))
+    g_sum, dot = add_gradients((dweight, dbias), ins, numbers, cols)
     return g_sum / real(dy, cols), dot / real(dy, cols)
 
 
@@ -152,7 +146,7 @@ def _backward(
         if mean_at is not None:
             mean = load(means, i)
         g_mean, dot_mean = _sum_gradients(
-            dweight, dbias, dy, x, weight, mean, rstd, cols, weight_offset, wanted
+            dweight, dbias, dy, x, weight, mean, rstd, cols, weight_offset
         )
         if mean_at is None:
             g_mean = real(dy, 0)

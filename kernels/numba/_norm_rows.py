@@ -14,6 +14,7 @@ from tilewise.kernels.numba._stream import (
     emit_spread,
     emit_write,
     loop_of,
+    sums_of,
 )
 
 
@@ -96,15 +97,25 @@ def write_row(
     return types.void(y, x, weight, bias, *numbers, llama, types.boolean), emit
 
 
+def _scaled(dy, weight, weight_offset):
+    # Rounded by itself, in no sum: the one column of a row has then no gradient at all.
+    return dy if weight is None else dy.times(weight + weight_offset)
+
+
+def _parameter_gradients(dy, x, weight, dweight, dbias, mean, rstd, weight_offset):
+    xhat, g = (x - mean) * rstd, _scaled(dy, weight, weight_offset)
+    dweight = None if dweight is None else dweight + dy * xhat
+    return dweight, None if dbias is None else dbias + dy, g, g * xhat
+
+
 def _gradients(dy, x, dsum, weight, factor, mean, rstd, g_mean, dot_mean, weight_offset):
-    # The product is rounded by itself, as it was in the sum that makes g_mean: the one column of a
-    # row has no gradient at all.
-    g = dy if weight is None else dy.times(weight + weight_offset)
+    g = _scaled(dy, weight, weight_offset)
     v = rstd * (g - g_mean - (x - mean) * rstd * dot_mean)
     dresidual = v if dsum is None else v + dsum
     return dresidual, kept(dresidual, factor)
 
 
-# dresidual = rstd * (g - g_mean - xhat * dot_mean) + dsum with g = dy * (weight_offset + weight),
-# and dx that times factors
+# With g = dy * (weight_offset + weight): dweight += dy * xhat, dbias += dy, the sums of g and of
+# g * xhat; then dresidual = rstd * (g - g_mean - xhat * dot_mean) + dsum, dx that times factors.
+add_gradients = sums_of(_parameter_gradients, 2)
 write_gradient = loop_of(_gradients)

@@ -9,6 +9,7 @@ whatever the cache asked for.
 """
 
 import math
+from contextlib import contextmanager
 
 import numpy as np
 from llvmlite import ir
@@ -24,10 +25,9 @@ from tilewise.kernels.numba._lanes import (
     Lanes,
     constant,
     lanes_of,
-    reduce,
+    larger,
     splat,
     vector_of,
-    where,
     wider,
 )
 from tilewise.kernels.numba._parallel import INT32, INT64
@@ -88,6 +88,15 @@ def emit_write(builder, kind, p, i, value, lanes, past_caches):
         stored.set_metadata("nontemporal", builder.module.add_metadata([INT32(1)]))
 
 
+@contextmanager
+def _one_by_one(builder, start, end):
+    """A loop that LLVM leaves as it is. What it makes of others are two, of which the addresses
+    decide which runs: the bits would be theirs too."""
+    with cgutils.for_range_slice(builder, start, end, INT64(1)) as (i, _):
+        builder.asm(ir.FunctionType(ir.VoidType(), []), "", "", [], side_effect=True)
+        yield i
+
+
 def emit_loop(builder, count, wide, streamed, step):
     """step(i, lanes, past_caches) over `count` elements: in vectors, the rest one by one."""
     lanes = lanes_of(wide)
@@ -97,7 +106,7 @@ def emit_loop(builder, count, wide, streamed, step):
             with branch, cgutils.for_range(builder, whole) as loop:
                 step(builder.mul(loop.index, INT64(lanes)), lanes, past_caches)
     done = builder.mul(whole, INT64(lanes))
-    with cgutils.for_range_slice(builder, done, count, INT64(1)) as (i, _):
+    with _one_by_one(builder, done, count) as i:
         step(i, 1, False)
 
 
@@ -122,6 +131,30 @@ def scratch_of(count):
 scratch = scratch_of(CHUNK)  # a function's own
 
 
+def _evaluation(builder, kinds, args, real, compute):
+    """What computes at element `i` and on, writes the outputs and returns all it has computed."""
+    outs, ins, _ = kinds
+    outs_at, ins_at, numbers_at = (
+        cgutils.unpack_tuple(builder, given, len(kind))
+        for given, kind in zip(args, kinds, strict=False)
+    )
+
+    def evaluate(i, lanes, goes_past):
+        given = [
+            Lanes(builder, emit_read(builder, p.dtype, at, i, lanes, real))
+            if p != types.none else None
+            for p, at in zip(ins, ins_at, strict=True)
+        ]  # fmt: skip
+        given += [Lanes(builder, emit_spread(builder, n, lanes)) for n in numbers_at]
+        values = compute(*given)
+        for n, (p, at) in enumerate(zip(outs, outs_at, strict=True)):
+            if p != types.none:
+                emit_write(builder, p.dtype, at, i, values[n].value, lanes, goes_past(n))
+        return values
+
+    return evaluate
+
+
 def loop_of(compute, kept=0):
     """A loop over elements: outs = compute(*ins, *numbers).
 
@@ -135,23 +168,11 @@ def loop_of(compute, kept=0):
         wide = arithmetic_of(ins[0].dtype)
 
         def emit(context, builder, signature, args):
-            outs_at, ins_at, numbers_at = (
-                cgutils.unpack_tuple(builder, given, len(kind))
-                for given, kind in zip(args, (outs, ins, numbers), strict=False)
-            )
             real = context.get_value_type(wide)
+            evaluate = _evaluation(builder, (outs, ins, numbers), args, real, compute)
 
             def step(i, lanes, past_caches):
-                given = [
-                    Lanes(builder, emit_read(builder, p.dtype, at, i, lanes, real))
-                    if p != types.none else None
-                    for p, at in zip(ins, ins_at, strict=True)
-                ]  # fmt: skip
-                given += [Lanes(builder, emit_spread(builder, n, lanes)) for n in numbers_at]
-                for n, value in enumerate(compute(*given)):
-                    if outs[n] != types.none:
-                        past = past_caches and n < len(outs) - kept
-                        emit_write(builder, outs[n].dtype, outs_at[n], i, value.value, lanes, past)
+                evaluate(i, lanes, lambda n: past_caches and n < len(outs) - kept)
 
             emit_loop(builder, args[3], real, args[4], step)
             return context.get_dummy_value()
@@ -164,7 +185,70 @@ def loop_of(compute, kept=0):
 write = loop_of(lambda x, *factor: (x * factor[0] if factor else x,))
 
 
-_AT_ONCE = 4  # maxima, so that they need not wait for each other
+# --- Loops that end in a number.
+
+_AT_ONCE = 4  # accumulators, so that they need not wait for each other
+
+
+def _emit_fold(builder, count, real, combine, neutral, terms, step):
+    """Combine the `terms` that `step(i, lanes)` gives: vectors in turn, then what is left over."""
+    lanes = lanes_of(real)
+
+    def slots(t):
+        return [cgutils.alloca_once_value(builder, constant(t, neutral)) for _ in range(terms)]
+
+    def add(places, i, lanes):
+        for place, term in zip(places, step(i, lanes), strict=True):
+            known = Lanes(builder, builder.load(place))
+            builder.store(combine(term, known).value, place)
+
+    vectors, last = [slots(vector_of(real)) for _ in range(_AT_ONCE)], slots(real)
+    stride = INT64(lanes * _AT_ONCE)
+    groups = builder.sdiv(count, stride)
+    with cgutils.for_range(builder, groups) as loop:
+        for n, places in enumerate(vectors):
+            add(places, builder.add(builder.mul(loop.index, stride), INT64(n * lanes)), lanes)
+    done = builder.mul(groups, stride)
+    singles = builder.sdiv(builder.sub(count, done), INT64(lanes))
+    with cgutils.for_range(builder, singles) as loop:
+        add(vectors[0], builder.add(done, builder.mul(loop.index, INT64(lanes))), lanes)
+    done = builder.add(done, builder.mul(singles, INT64(lanes)))
+    with _one_by_one(builder, done, count) as i:
+        add(last, i, 1)
+
+    results = []
+    for k in range(terms):
+        values = [Lanes(builder, builder.load(places[k])) for places in vectors]
+        first, second = combine(values[0], values[1]), combine(values[2], values[3])
+        whole = combine(first, second).halved(combine)
+        results.append(combine(whole, Lanes(builder, builder.load(last[k]))).value)
+    return results
+
+
+def sums_of(compute, sums):
+    """The last of outs, *terms = compute(*ins, *numbers), each summed over the elements.
+
+    As `loop_of`, of which all outputs stay in the caches; returns a tuple.
+    """
+
+    @intrinsic
+    def loop(typing_context, outs, ins, numbers, count):
+        wide = arithmetic_of(ins[0].dtype)
+
+        def emit(context, builder, signature, args):
+            real = context.get_value_type(wide)
+            evaluate = _evaluation(builder, (outs, ins, numbers), args, real, compute)
+
+            def step(i, lanes):
+                values = evaluate(i, lanes, lambda n: False)
+                return values[len(outs) :]
+
+            found = _emit_fold(builder, args[3], real, lambda x, y: x + y, 0.0, sums, step)
+            return cgutils.pack_array(builder, found)
+
+        return types.UniTuple(wide, sums)(outs, ins, numbers, types.int64), emit
+
+    return loop
 
 
 @intrinsic
@@ -176,36 +260,15 @@ def highest(typing_context, x, factor, count):
     def emit(context, builder, signature, args):
         x_at, factor, count = args
         real = context.get_value_type(wide)
-        lanes = lanes_of(real)
-        none = constant(vector_of(real), -math.inf)
-        tops = [cgutils.alloca_once_value(builder, none) for _ in range(_AT_ONCE)]
-        last = cgutils.alloca_once_value(builder, constant(real, -math.inf))
 
-        def raise_to(top, i, lanes):
+        def step(i, lanes):
             v = Lanes(builder, emit_read(builder, x.dtype, x_at, i, lanes, real))
-            v = v * Lanes(builder, emit_spread(builder, factor, lanes))
-            builder.store(_larger(v, Lanes(builder, builder.load(top))).value, top)
+            return (v * Lanes(builder, emit_spread(builder, factor, lanes)),)
 
-        stride = INT64(lanes * _AT_ONCE)
-        whole = builder.sdiv(count, stride)
-        with cgutils.for_range(builder, whole) as loop:
-            for n, top in enumerate(tops):
-                i = builder.add(builder.mul(loop.index, stride), INT64(n * lanes))
-                raise_to(top, i, lanes)
-        done = builder.mul(whole, stride)
-        with cgutils.for_range_slice(builder, done, count, INT64(1)) as (i, _):
-            raise_to(last, i, 1)
-        top = Lanes(builder, builder.load(tops[0]))
-        for other in tops[1:]:
-            top = _larger(Lanes(builder, builder.load(other)), top)
-        top = Lanes(builder, reduce(builder, "fmax", top.value))
-        return _larger(top, Lanes(builder, builder.load(last))).value
+        (top,) = _emit_fold(builder, count, real, larger, -math.inf, 1, step)
+        return top
 
     return wide(x, wide, types.int64), emit
-
-
-def _larger(x, y):
-    return where(x > y, x, y)
 
 
 @intrinsic

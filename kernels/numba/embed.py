@@ -20,7 +20,7 @@ from tilewise.kernels.numba._lookup import (
     id_of,
     where_of,
 )
-from tilewise.kernels.numba._norm_rows import row_statistics, write_row
+from tilewise.kernels.numba._norm_rows import add_gradients, row_statistics, write_row
 from tilewise.kernels.numba._parallel import Kernel, callee, take
 from tilewise.kernels.numba._shared import partial_sums, parts_for, summed, thread_scratch
 from tilewise.kernels.numba._simd import (
@@ -89,21 +89,11 @@ def _forward(
 @callee
 def _norm_row(dweight, dbias, d, x, mean, rstd, weight, sums, cols):
     """The sums over a row of g and g * xhat; adds to those over rows where `sums`."""
-    g_sum, dot = real(x, 0), real(x, 0)
+    numbers = mean, rstd, real(x, 0)
     if sums:
-        for j in range(cols):
-            dy, xhat = load(d, j), (load(x, j) - mean) * rstd
-            g = dy * real(x, load(weight, j))
-            g_sum += g
-            dot += g * xhat
-            store(dweight, j, load(dweight, j) + dy * xhat)
-            store(dbias, j, load(dbias, j) + dy)
-    else:
-        for j in range(cols):
-            g = load(d, j) * real(x, load(weight, j))
-            g_sum += g
-            dot += g * ((load(x, j) - mean) * rstd)
-    return g_sum, dot
+        ins = d, x, weight, dweight, dbias
+        return add_gradients((dweight, dbias), ins, numbers, cols)
+    return add_gradients((None, None), (d, x, weight, None, None), numbers, cols)
 
 
 @Kernel

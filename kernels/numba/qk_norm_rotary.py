@@ -88,9 +88,14 @@ def _sum_back(dweight, dy, x, weight, cos, sin, r, shift, poison, half, step, ga
         du, dv = load(dy, i), load(dy, k)
         gu, gv = (du * c + dv * s) * (load(x, i) * r), (dv * c - du * s) * (load(x, k) * r)
         dot += gu * (real(x, load(weight, i)) + shift) + gv * (real(x, load(weight, k)) + shift)
-        if summing:
-            store(dweight, i, load(dweight, i) + gu)
-            store(dweight, k, load(dweight, k) + gv)
+    # A loop of its own: LLVM has two orders for a sum beside which something is written, and where
+    # that lies decides.
+    for j in range(half if summing else 0):
+        c, s = real(x, load(cos, j)) * poison, real(x, load(sin, j)) * poison
+        i, k = j * step, j * step + gap
+        du, dv = load(dy, i), load(dy, k)
+        store(dweight, i, load(dweight, i) + (du * c + dv * s) * (load(x, i) * r))
+        store(dweight, k, load(dweight, k) + (dv * c - du * s) * (load(x, k) * r))
     return dot
 
 
@@ -151,8 +156,8 @@ def _backward(
             for j in range(2 * half, dim):
                 g = load(dy, j) * (load(x, j) * r)
                 dot += g * (real(kind, load(weight, j)) + shift)
-                if summing:
-                    store(dweight, j, load(dweight, j) + g)
+            for j in range(2 * half, dim if summing else 0):
+                store(dweight, j, load(dweight, j) + load(dy, j) * (load(x, j) * r))
             if not writing:
                 continue
 

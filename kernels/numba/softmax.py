@@ -15,7 +15,6 @@ from tilewise.kernels.numba._shared import PARTS, broadcast_strides, partial_sum
 from tilewise.kernels.numba._simd import (
     address,
     exp,
-    fma,
     kind,
     load,
     maximum,
@@ -25,7 +24,15 @@ from tilewise.kernels.numba._simd import (
     store,
     tanh,
 )
-from tilewise.kernels.numba._stream import finish_writes, highest, loop_of, streamed, write
+from tilewise.kernels.numba._stream import (
+    CHUNK,
+    finish_writes,
+    highest,
+    loop_of,
+    streamed,
+    sums_of,
+    write,
+)
 
 FLAG = np.uint8(0)
 
@@ -33,6 +40,44 @@ FLAG = np.uint8(0)
 _write_logs = loop_of(lambda x, factor, shift, less: (_lanes.fma(x, factor, shift) - less,))
 _write_gradient = loop_of(lambda dy, y, factor, dot: (factor * y * (dy - dot),))
 _write_log_gradient = loop_of(lambda dy, y, factor, sum: (factor * (dy - _lanes.exp(y) * sum),))
+
+
+# --- Sums over a row: of chunks, which are added in fp64. One long chain, where vectors are short,
+# is wrong by the root of its length.
+
+
+def _power_twice(x, factor, peak):
+    power = _lanes.exp(_lanes.fma(x, factor, -peak))
+    return power, power
+
+
+_sum_powers = sums_of(_power_twice, 1)
+_sum_products = sums_of(lambda x, y: (x if y is None else x * y,), 1)
+
+
+@callee
+def _sum_of_powers(x, cols, factor, peak, powers):
+    """The sum of exp(factor * x - peak), which are kept in `powers` unless that is None."""
+    total = 0.0
+    for start in range(0, cols, CHUNK):
+        ins, outs = (offset(x, start),), (offset(powers, start),)
+        (part,) = _sum_powers(outs, ins, (factor, peak), min(CHUNK, cols - start))
+        total += part
+    return real(x, total)
+
+
+@callee
+def _sum_of_products(x, y, cols):
+    """The sum of x * y, of x alone where y is None."""
+    total = 0.0
+    for start in range(0, cols, CHUNK):
+        ins = offset(x, start), offset(y, start)
+        (part,) = _sum_products((), ins, (), min(CHUNK, cols - start))
+        total += part
+    return real(x, total)
+
+
+# --- Of x alone.
 
 
 @Kernel
@@ -48,12 +93,7 @@ def _forward(
         powers = offset(pointer(scratch_at, wide), (i if in_place else part) * cols)
 
         peak = highest(x, factor, cols)
-        total = real(kind, 0)
-        for j in range(cols):
-            e = exp(fma(load(x, j), factor, -peak))
-            total += e
-            store(powers, j, e)
-        inverse = real(kind, 1) / total
+        inverse = real(kind, 1) / _sum_of_powers(x, cols, factor, peak, powers)
         y = offset(pointer(y_at, kind), i * cols)
         write((y,), (powers,), (inverse,), cols, past_caches)
     if past_caches:
@@ -70,10 +110,7 @@ def _log_forward(part, y_at, x_at, kind, rows, cols, x_stride, parts, scale, pas
         y = offset(pointer(y_at, kind), i * cols)
 
         peak = highest(x, factor, cols)
-        total = real(kind, 0)
-        for j in range(cols):
-            total += exp(fma(load(x, j), factor, -peak))
-        log_total = real(kind, math.log(total))
+        log_total = real(kind, math.log(_sum_of_powers(x, cols, factor, peak, None)))
         _write_logs((y,), (x,), (factor, -peak, log_total), cols, past_caches)
     if past_caches:
         finish_writes()
@@ -92,16 +129,11 @@ def _backward(
         y = offset(pointer(y_at, kind), i * y_stride)
         dx = offset(pointer(dx_at, kind), i * cols)
 
-        total = real(kind, 0)
         if log:
-            for j in range(cols):
-                total += load(dy, j)
-        else:
-            for j in range(cols):
-                total += load(dy, j) * load(y, j)
-        if log:
+            total = _sum_of_products(dy, None, cols)
             _write_log_gradient((dx,), (dy, y), (factor, total), cols, past_caches)
         else:
+            total = _sum_of_products(dy, y, cols)
             _write_gradient((dx,), (dy, y), (factor, total), cols, past_caches)
     if past_caches:
         finish_writes()
@@ -139,7 +171,7 @@ def _scored_forward(
     scale, softcap, causal, zero, log, past_caches,
 ):  # fmt: skip
     factor, cap = real(kind, scale), real(kind, softcap)
-    lowest = real(kind, -np.inf)
+    lowest, one = real(kind, -np.inf), real(kind, 1)
     s = offset(pointer(scratch_at, wide), part * cols)
     for i in range(part * rows // parts, (part + 1) * rows // parts):
         x = offset(pointer(x_at, kind), i * x_stride)
@@ -168,20 +200,13 @@ def _scored_forward(
             for j in range(cols):
                 store(y, j, empty)
             continue
-        total = real(kind, 0)
         if log:
-            for j in range(seen):
-                total += exp(load(s, j) - peak)
-            log_total = real(kind, math.log(total))
+            log_total = real(kind, math.log(_sum_of_powers(s, seen, one, peak, None)))
             for j in range(seen):
                 store(s, j, load(s, j) - peak - log_total)
             unseen = lowest - log_total  # NaN, where the row is
         else:
-            for j in range(seen):
-                e = exp(load(s, j) - peak)
-                total += e
-                store(s, j, e)
-            inverse = real(kind, 1) / total
+            inverse = one / _sum_of_powers(s, seen, one, peak, s)
             for j in range(seen):
                 store(s, j, load(s, j) * inverse)
             unseen = real(kind, 0) * inverse
@@ -200,10 +225,9 @@ def _dscores(
     """Fill `s` with the gradient of the scores of row `i`; the number of columns it has one in."""
     dy, y = offset(pointer(dy_at, kind), i * dy_stride), offset(pointer(y_at, kind), i * cols)
     seen = _columns(i, cols, queries, causal)
-    total, alive = real(kind, 0), True
+    alive = True
     if log:
-        for j in range(cols):
-            total += load(dy, j)
+        total = _sum_of_products(dy, None, cols)
         if zero:
             peak = real(kind, -np.inf)
             for j in range(cols):
@@ -212,8 +236,7 @@ def _dscores(
         for j in range(seen):
             store(s, j, load(dy, j) - exp(load(y, j)) * total)
     else:
-        for j in range(cols):
-            total += load(dy, j) * load(y, j)
+        total = _sum_of_products(dy, y, cols)
         for j in range(seen):
             store(s, j, load(y, j) * (load(dy, j) - total))
     if not alive:
