@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tilewise  # noqa: F401  (declares the ops)
-from tilewise.check import outputs_and_grads
+from tilewise.check import Result, outputs_and_grads, standard_of
 from tilewise.kernels.numba import _parallel, _stream
 from tilewise.kernels.numba._elements import CHUNK, chunks
 from tilewise.kernels.numba._shared import CACHE_LINE, partial_sums, thread_scratch
@@ -86,6 +86,23 @@ def test_no_bit_depends_on_where_tensors_lie(name):
     )
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first[:-1], other[:-1], strict=True))
+
+
+MANY_ROWS = [
+    ("layer_norm", {"rows": 65536, "cols": 16, "bias": True}),
+    ("bias_gelu", {"rows": 65536, "cols": 16}),
+    ("qk_norm_rotary", {"batch": 1, "heads": 16, "seq": 4096, "dim": 16}),
+]
+
+
+@pytest.mark.parametrize("name, size", MANY_ROWS)
+def test_sums_over_many_rows_keep_the_rule(name, size):
+    op = OPS[name]
+    tensors, options = op.inputs(**size, device="cpu", dtype=torch.float32)
+    standard = standard_of(op, tensors, options)
+    found = outputs_and_grads(op, op.call, tensors, options | {"backend": "numba"})
+    for result in standard.judge(found, Result(name, "numba", "float32", "", {})):
+        assert result.ok, result
 
 
 # Enough rows that threads meet; where the last declared size has few.

@@ -18,7 +18,7 @@ from tilewise.kernels.numba._norm_rows import (
     write_row,
 )
 from tilewise.kernels.numba._parallel import SERIAL_BELOW, Kernel, callee
-from tilewise.kernels.numba._shared import partial_sums, parts_for, summed
+from tilewise.kernels.numba._shared import partial_sums, parts_for, sum_parts_for, summed
 from tilewise.kernels.numba._simd import (
     address,
     kind,
@@ -32,7 +32,6 @@ from tilewise.kernels.numba._stream import CHUNK, finish_writes, scratch, stream
 
 CONTIGUOUS = torch.contiguous_format
 FEW = 8  # rows, of which a sum is as near as sums of parts
-PARTIAL_SUMS = 1 << 20  # at most so many in all: for wide rows fewer parts, not more memory
 
 
 # --- Pieces of a row.
@@ -236,9 +235,7 @@ def differentiate(
     rows = x.numel() // cols
     dx = torch.empty_like(x, dtype=dy.dtype, memory_format=CONTIGUOUS) if wanted[0] else None
     dresidual = torch.empty_like(x, memory_format=CONTIGUOUS) if wanted[1] else None
-    parts = min(parts_for(rows), max(PARTIAL_SUMS // cols, 1))
-    if rows <= FEW and x.numel() < SERIAL_BELOW:
-        parts = 1
+    parts = 1 if rows <= FEW and x.numel() < SERIAL_BELOW else sum_parts_for(rows, cols)
     dweight, dbias = (partial_sums(x, parts, rstd.dtype) if w else None for w in wanted[2:])
     outs = [out for out in (dx, dresidual) if out is not None]
     kinds = tuple(map(_kind, (dy, x, mean, rstd, weight, dx, dresidual, dsum, dweight, dbias)))

@@ -15,6 +15,16 @@ def parts_for(rows: int) -> int:
     return min(rows, PARTS)
 
 
+ROWS_SUMMED = 64  # in one chain, which is wrong by the root of its length
+PARTIAL_SUMS = 1 << 20  # at most so many in all: for wide rows longer chains, not more memory
+
+
+def sum_parts_for(rows: int, cols: int) -> int:
+    """Into how many parts to split rows of which sums are taken."""
+    parts = max(rows // ROWS_SUMMED, parts_for(rows))
+    return max(min(parts, PARTIAL_SUMS // max(cols, 1)), 1)
+
+
 def partial_sums(x: Tensor, parts: int, dtype) -> Tensor:
     """Zeros [parts, cols or more], each part on cache lines of its own."""
     cols, per_line = x.shape[-1], CACHE_LINE // dtype.itemsize

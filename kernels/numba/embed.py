@@ -22,7 +22,13 @@ from tilewise.kernels.numba._lookup import (
 )
 from tilewise.kernels.numba._norm_rows import add_gradients, row_statistics, write_row
 from tilewise.kernels.numba._parallel import Kernel, callee, take
-from tilewise.kernels.numba._shared import partial_sums, parts_for, summed, thread_scratch
+from tilewise.kernels.numba._shared import (
+    partial_sums,
+    parts_for,
+    sum_parts_for,
+    summed,
+    thread_scratch,
+)
 from tilewise.kernels.numba._simd import (
     INTEGER,
     address,
@@ -279,7 +285,7 @@ def embed_norm_backward(dy: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor,
     rows, cols = dy.shape
     wanted = arguments[-2:]
     g_mean, dot_mean = torch.empty_like(mean), torch.empty_like(mean)
-    parts = parts_for(rows)
+    parts = sum_parts_for(rows, cols)
     scratch = partial_sums(dy, 2 * parts, mean.dtype)
     sums = [partial_sums(dy, parts if any(wanted) else 0, mean.dtype) for _ in range(2)]
     _norm_backward(

@@ -7,7 +7,7 @@ from tilewise.kernels.numba._activations import backward_kernels, forward_kernel
 from tilewise.kernels.numba._dropout import SCALE, draw, mark_kept
 from tilewise.kernels.numba._elements import chunks
 from tilewise.kernels.numba._lanes import kept
-from tilewise.kernels.numba._shared import partial_sums, parts_for, summed
+from tilewise.kernels.numba._shared import partial_sums, sum_parts_for, summed
 from tilewise.kernels.numba._simd import address, kind, offset, pointer
 from tilewise.kernels.numba._stream import CHUNK, finish_writes, loop_of, scratch, streamed
 
@@ -158,7 +158,7 @@ def bias_gelu_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dy, x [rows, cols], bias [cols] -> dx [rows, cols], dbias [cols], or empty if not wanted."""
     rows, cols = x.shape
-    parts = parts_for(rows)
+    parts = sum_parts_for(rows, cols)
     dx = x.new_empty(rows, cols) if want_dx else None
     wide = torch.promote_types(x.dtype, torch.float32)
     sums = partial_sums(x, parts, wide) if want_dbias else None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tilewise.kernels.numba._parallel import Kernel
 from tilewise.kernels.numba._rotation import PAST, inline, layout, places, position_of
-from tilewise.kernels.numba._shared import partial_sums, parts_for, summed
+from tilewise.kernels.numba._shared import partial_sums, parts_for, sum_parts_for, summed
 from tilewise.kernels.numba._simd import (
     address,
     kind,
@@ -203,7 +203,7 @@ def qk_norm_rotary_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients [batch, heads, seq, dim] of both, and what forward was given and gave
     -> dq, dk [batch, heads, seq, dim], dq_weight, dk_weight [dim], or empty where not wanted."""
-    parts = parts_for(max(q_rstd.numel(), k_rstd.numel()))
+    parts = sum_parts_for(max(q_rstd.numel(), k_rstd.numel()), q.shape[3])
     grads, sums, sides = [], [], []
     for dy, x, weight, rstd, want_dx, want_dweight in (
         (dq_turned, q, q_weight, q_rstd, want_dq, want_dq_weight),

@@ -9,14 +9,24 @@ from tilewise.kernels.numba._parallel import Kernel
 from tilewise.kernels.numba._rotation import PAST, layout, places, position_of
 from tilewise.kernels.numba._shared import parts_for
 from tilewise.kernels.numba._simd import address, kind, load, offset, pointer, real, store
+from tilewise.kernels.numba._stream import LINE, finish_writes, loop_of, streamed
 
 NAN = math.nan  # the angle of a position that the tables do not have
+
+
+def _turned(u, v, cos, sin, sign):
+    sin = sin * sign
+    return u * cos - v * sin, v * cos + u * sin
+
+
+_turn = loop_of(_turned)
 
 
 @Kernel
 def _rotate(
     part, q_layout, k_layout, cos_at, sin_at, place,
     kind, table_kind, dim, half, positions, cos_stride, sin_stride, parts, interleaved, sign,
+    past_caches,
 ):  # fmt: skip
     # A layout is what `layout` says: q and k are walked by the same loops.
     sign = real(kind, sign)
@@ -52,13 +62,12 @@ def _rotate(
                             store(y, 2 * j, u * c - v * s)
                             store(y, 2 * j + 1, v * c + u * s)
                     else:
-                        for j in range(half):
-                            c, s = real(kind, load(cos, j)), real(kind, load(sin, j)) * sign
-                            u, v = load(x, j), load(x, j + half)
-                            store(y, j, u * c - v * s)
-                            store(y, j + half, v * c + u * s)
+                        outs, ins = (y, offset(y, half)), (x, offset(x, half), cos, sin)
+                        _turn(outs, ins, (sign,), half, past_caches)
                 for j in range(dim - 2 * half):
                     store(y, 2 * half + j, load(x, 2 * half + j))
+    if past_caches:
+        finish_writes()
 
 
 def _launch(
@@ -74,6 +83,7 @@ def _launch(
         address(cos), address(sin), places(position_ids, cu_seqlens, offset),
         kind(q), kind(cos), dim, cos.shape[1], cos.shape[0],
         cos.stride(0), sin.stride(0), parts, interleaved, sign,
+        cos.shape[1] * q.itemsize % LINE == 0 and streamed(q_turned, k_turned),
     )  # fmt: skip
     return q_turned, k_turned
 
