@@ -62,8 +62,6 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   }
 }
 
-// The means over a row of g and of g * xhat, with g = dy * weight and xhat = (x - mean) * rstd; and
-// the sums over rows for the weight and the bias, unless there is no place for them.
 // For sm_100 ptxas keeps a few values more than two blocks leave room for.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kNormBlocks = 1;
@@ -71,6 +69,8 @@ constexpr int kNormBlocks = 1;
 constexpr int kNormBlocks = kMinBlocks;
 #endif
 
+// The means over a row of g and of g * xhat, with g = dy * weight and xhat = (x - mean) * rstd; and
+// the sums over rows for the weight and the bias, unless there is no place for them.
 template <int kWidth, typename T, typename W>
 __global__ void __launch_bounds__(kMaxThreads, kNormBlocks)
     norm_backward_kernel(float* g_mean, float* dot_mean, float* dweight_parts, float* dbias_parts,

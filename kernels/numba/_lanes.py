@@ -98,6 +98,18 @@ def call(builder, name, *args):
 # --- With operators.
 
 
+def _operator(instruction):
+    """Of `Lanes` and what stands to their right, and to their left."""
+
+    def to_the_right(self, other):
+        return self._made(instruction, self, other)
+
+    def to_the_left(self, other):
+        return self._made(instruction, other, self)
+
+    return to_the_right, to_the_left
+
+
 class Lanes:
     """A scalar or a vector; numbers beside it are in every lane."""
 
@@ -116,29 +128,10 @@ class Lanes:
         operands = map(self.operand, operands)
         return Lanes(self.builder, getattr(self.builder, instruction)(*operands, **options))
 
-    def __add__(self, other):
-        return self._made("fadd", self, other)
-
-    def __radd__(self, other):
-        return self._made("fadd", other, self)
-
-    def __sub__(self, other):
-        return self._made("fsub", self, other)
-
-    def __rsub__(self, other):
-        return self._made("fsub", other, self)
-
-    def __mul__(self, other):
-        return self._made("fmul", self, other)
-
-    def __rmul__(self, other):
-        return self._made("fmul", other, self)
-
-    def __truediv__(self, other):
-        return self._made("fdiv", self, other)
-
-    def __rtruediv__(self, other):
-        return self._made("fdiv", other, self)
+    __add__, __radd__ = _operator("fadd")
+    __sub__, __rsub__ = _operator("fsub")
+    __mul__, __rmul__ = _operator("fmul")
+    __truediv__, __rtruediv__ = _operator("fdiv")
 
     def __neg__(self):
         return self._made("fneg", self)
@@ -230,7 +223,8 @@ def fma(x, y, z):
     return Lanes(lanes.builder, call(lanes.builder, "fma", *map(lanes.operand, (x, y, z))))
 
 
-# 2**f on [-1/2, 1/2] is a polynomial; its error, with e**x = 2**n e**r, is 2.1 ulp at most.
+# 2**f on [-1/2, 1/2] is a polynomial; its error, with e**x = 2**n e**r, is 3.0 ulp at most
+# (every float from -87.33 to 88.37).
 _LOG2_E = 1.4426950408889634
 _LN2_HIGH, _LN2_LOW = 0.693145751953125, 1.428606765330187e-06
 _EXP_TERMS = (1 / 720, 0.0083334519, 0.041667115, 0.16666645, 0.5, 1.0, 1.0)

@@ -145,7 +145,7 @@ _exp_float, _tanh_float = _by_lanes(_lanes.exp), _by_lanes(_lanes.tanh)
 
 
 def exp(x):
-    """e**x: a polynomial that vectorises for fp32 (0.17 ns an element, libm 1.9), libm for fp64."""
+    """e**x: a polynomial that vectorises for fp32 (0.13 ns an element, libm 1.9), libm for fp64."""
 
 
 @overload(exp, inline="always")
