@@ -41,6 +41,7 @@ SLACK = 30  # seconds beside ten times what it took unbroken: more is a hang
 # What a compiler refuses was never a kernel: it is counted apart.
 REFUSED = re.compile(r"numba\.core\.errors\.|build: \S+ must compile")
 STILLBORN, HANGS, CRASHES, PASSED = "does not compile", "hangs", "crashes", "passed"
+SANITIZED = "the self test under AddressSanitizer"  # a test of `make check`, of all kernels
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,12 @@ def _run_here(sender: Connection, tree: Path, tests, seconds, objects, cache: Pa
             sender.send(Outcome(STILLBORN))
             return
     watch = _Watch(seconds)
-    status = pytest.main([*QUICKLY, *tests], plugins=[watch])
-    sender.send(_outcome(status, watch))
+    outcome = _outcome(pytest.main([*QUICKLY, *tests], plugins=[watch]), watch)
+    signal.alarm(0)
+    if objects is not None and outcome.noticed == PASSED:
+        if _selftest_fails(tree, objects.with_name(f"{objects.name}-sanitized")):
+            outcome = Outcome(SANITIZED, watch.seconds)
+    sender.send(outcome)
 
 
 def _compile(tree: Path, objects: Path) -> None:
@@ -184,13 +189,26 @@ def _compile(tree: Path, objects: Path) -> None:
     from tilewise import emulation, toolchain
 
     options = toolchain.for_python(tree, emulated=True)
-    options |= {"TILEWISE_EMULATION": "ON", "TILEWISE_SANITIZER": "plain"}
     options["TILEWISE_SOURCES"] = "mutant"  # their hash would have the bindings compiled anew
-    objects.mkdir(exist_ok=True)
-    toolchain.compile_targets(["_emulated"], tree, objects, options, objects / "build.log")
+    _make("_emulated", tree, objects, options | {"TILEWISE_SANITIZER": "plain"})
     place = emulation._place("plain")
     place.mkdir(parents=True)
     shutil.copyfile(objects / emulation.FILE, place / emulation.FILE)
+
+
+def _make(target: str, tree: Path, objects: Path, options: dict[str, object]) -> None:
+    from tilewise import toolchain
+
+    objects.mkdir(exist_ok=True)
+    options["TILEWISE_EMULATION"] = "ON"
+    toolchain.compile_targets([target], tree, objects, options, objects / "build.log")
+
+
+def _selftest_fails(tree: Path, objects: Path) -> bool:
+    """Whether AddressSanitizer, or the rule, finds something where `tests` saw nothing."""
+    _make("selftest", tree, objects, {"TILEWISE_SANITIZER": "address"})
+    command = [objects / "selftest", "--orders", "1", "--cols", "4096"]
+    return subprocess.run(command).returncode != 0
 
 
 def _outcome(status: int, watch: _Watch) -> Outcome:
