@@ -130,6 +130,8 @@ __device__ void weigh(float (&v)[Span::kWidth], const NormForward& norm, const S
 template <bool kAdds, int kHeld>
 constexpr bool is_for_few = !kAdds && kHeld <= kFewHeld;
 
+namespace {
+
 // Without a sum R is T.
 template <bool kCentred, bool kAdds, typename T, typename R, int kHeld, bool kExact>
 __global__ void __launch_bounds__(is_for_few<kAdds, kHeld> ? kNarrowThreads : kTeamThreads,
@@ -198,5 +200,7 @@ __global__ void __launch_bounds__(is_for_few<kAdds, kHeld> ? kNarrowThreads : kT
     });
   });
 }
+
+}  // namespace
 
 }  // namespace tilewise

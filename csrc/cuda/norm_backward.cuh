@@ -27,6 +27,8 @@ struct NormBackward {
   bool once;       // whether what is written is too long to stay in L2
 };
 
+namespace {
+
 // A block, or a cluster, has a part of the rows: every parts-th, its teams in turn.
 template <bool kCentred, bool kAdds, typename T, typename R, int kHeld, bool kExact>
 __global__ void __launch_bounds__(kTeamThreads, 1) norm_backward_kernel(NormBackward norm) {
@@ -134,5 +136,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1) norm_backward_kernel(NormBack
   dweight.finish(span);
   dbias.finish(span);
 }
+
+}  // namespace
 
 }  // namespace tilewise

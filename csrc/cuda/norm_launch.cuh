@@ -37,6 +37,8 @@ inline bool is_aligned(const Places& places, int width) {
 // One stride from row to row.
 inline Places even(int64_t rows, int64_t stride) { return {1, rows, 0, 0, stride}; }
 
+namespace {
+
 template <bool kCentred, bool kAdds>
 cudaError_t norm_forward(NormForward norm, DType residual_dtype, DType dtype, DType weight_dtype,
                          cudaStream_t stream) {
@@ -94,5 +96,7 @@ cudaError_t norm_backward(NormBackward norm, void* dweight, void* dbias, DType r
                : add_parts(static_cast<T*>(dweight), static_cast<T*>(dbias));
   });
 }
+
+}  // namespace
 
 }  // namespace tilewise

@@ -100,6 +100,8 @@ constexpr int64_t column_sums_bytes(const Layout& layout, int held, int width, i
 
 constexpr int kColumnThreads = 16;
 
+namespace {
+
 // out[col] = sum over row of parts[row, col], for one or two arrays. Blocks of (32, 16): 32
 // columns, 16 threads on each.
 template <typename T>
@@ -144,5 +146,7 @@ cudaError_t column_sum(T* out, const float* parts, int64_t rows, int64_t cols,
                        cudaStream_t stream) {
   return column_sums<T>(out, nullptr, parts, nullptr, rows, cols, stream);
 }
+
+}  // namespace
 
 }  // namespace tilewise

@@ -127,6 +127,9 @@ def _rows(
             about = said_of[code.kernel]
             used, file = _USED.search(about), _FILE.search(code.kernel)
             assert used, about
+            if file is None and len(words) > 1:
+                said_so = f"kernels: {names[code.kernel]} must be in an anonymous namespace"
+                raise RuntimeError(f"{said_so}, or nobody knows of what file it is")
             word = words[file[1]] if file else next(iter(words.values()))
             warps = -(-_most_threads(attributes[code.kernel]) // 32)
             found: dict[str, Any] = measure(code, architecture, int(used[2] or 0), warps)
