@@ -1,9 +1,9 @@
 // Embedding: rows of up to three tables added, normalised and dropped out in one pass. A row is
 // gathered anew for each pass over it, all but the first from L1.
 //
-// Backward holds no tensor of the size of dy. Rows are walked by id, in chunks: a run of one id
-// within a chunk goes to the gradient at once, and what a run leaves of other chunks is joined
-// after, in order.
+// Backward takes the gradient back to the sum of the rows, once for all tables. Then rows are
+// walked by id, in chunks: a run of one id within a chunk goes to the gradient at once, and what a
+// run leaves of other chunks is joined after, in order.
 #include "cuda/dropout.cuh"
 #include "cuda/growing_sums.cuh"
 #include "cuda/lookup.cuh"
@@ -69,14 +69,15 @@ constexpr int kNormBlocks = 1;
 constexpr int kNormBlocks = kMinBlocks;
 #endif
 
-// The means over a row of g and of g * xhat, with g = dy * weight and xhat = (x - mean) * rstd; and
-// the sums over rows for the weight and the bias, unless there is no place for them.
+// dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), with g = dy * weight and xhat = (x - mean) *
+// rstd, unless nobody wants it; and the sums over rows for the weight and the bias, unless there is
+// no place for them. Without a weight dx is what dropout leaves of dy.
 template <int kWidth, typename T, typename W>
 __global__ void __launch_bounds__(kMaxThreads, kNormBlocks)
-    norm_backward_kernel(float* g_mean, float* dot_mean, float* dweight_parts, float* dbias_parts,
-                         const T* dy, Tables<T> tables, const W* weight, const float* mean,
-                         const float* rstd, Dropout dropout, int64_t rows, int64_t cols,
-                         int64_t dy_stride, int64_t parts, bool in_shared) {
+    rows_backward_kernel(float* dx, float* dweight_parts, float* dbias_parts, const T* dy,
+                         Tables<T> tables, const W* weight, const float* mean, const float* rstd,
+                         Dropout dropout, int64_t rows, int64_t cols, int64_t dy_stride,
+                         int64_t parts, bool in_shared) {
   const int64_t part = first_row();
   if (part >= parts) return;
   float* dweight = growing_sums(dweight_parts, part, cols, in_shared, 0);
@@ -88,33 +89,54 @@ __global__ void __launch_bounds__(kMaxThreads, kNormBlocks)
 
   for (int64_t row = part; row < rows; row += parts) {
     const Place<T> place = find(tables, row);
-    float sums[2] = {};
-    if (place.there) {
-      const float m = mean[row], r = rstd[row];
-      for_columns<kWidth>(cols, [&](int64_t col) {
-        float d[kWidth], v[kWidth], w[kWidth];
-        load(d, dy + row * dy_stride + col);
-        drop(d, dropout, row, col);
-        gather(v, place, col);
-        load(w, weight + col);
+    const T* dy_row = dy + row * dy_stride;
+    float m = 0.f, r = 1.f, means[2] = {};  // of g, of g * xhat
+    if (weight) {
+      if (place.there) {
+        m = mean[row];
+        r = rstd[row];
+        for_columns<kWidth>(cols, [&](int64_t col) {
+          float d[kWidth], v[kWidth], w[kWidth];
+          load(d, dy_row + col);
+          drop(d, dropout, row, col);
+          gather(v, place, col);
+          load(w, weight + col);
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
-          v[i] = (v[i] - m) * r;
-          sums[0] += d[i] * w[i];
-          sums[1] += d[i] * w[i] * v[i];
-          v[i] *= d[i];
-        }
-        if (dweight_parts) {
-          add(dweight + col, v);
-          add(dbias + col, d);
-        }
-      });
+          for (int i = 0; i < kWidth; ++i) {
+            v[i] = (v[i] - m) * r;
+            means[0] += d[i] * w[i];
+            means[1] += d[i] * w[i] * v[i];
+            v[i] *= d[i];
+          }
+          if (dweight_parts) {
+            add(dweight + col, v);
+            add(dbias + col, d);
+          }
+        });
+      }
+      row_reduce(means, Sum{});
+      means[0] /= cols;
+      means[1] /= cols;
     }
-    row_reduce(sums, Sum{});
-    if (threadIdx.x == 0) {
-      g_mean[row] = sums[0] / cols;
-      dot_mean[row] = sums[1] / cols;
-    }
+    if (!dx) continue;
+
+    for_columns<kWidth>(cols, [&](int64_t col) {
+      float d[kWidth] = {};
+      if (place.there) {
+        load(d, dy_row + col);
+        drop(d, dropout, row, col);
+        if (weight) {
+          float v[kWidth], w[kWidth];
+          gather(v, place, col);
+          load(w, weight + col);
+#pragma unroll
+          for (int i = 0; i < kWidth; ++i) {
+            d[i] = r * (d[i] * w[i] - means[0] - (v[i] - m) * r * means[1]);
+          }
+        }
+      }
+      store(dx + row * cols + col, d);
+    });
   }
 
   if (dweight_parts && in_shared) {
@@ -137,47 +159,15 @@ struct Runs {
   }
 };
 
-template <typename W>
-struct Norm {
-  const W* weight;  // null: no norm
-  const float *mean, *rstd, *g_mean, *dot_mean;
-};
-
-// Add to total what row `row` sends to the table. dx = rstd * (g - mean(g) - xhat * mean(g *
-// xhat)).
-template <int kWidth, typename T, typename W>
-__device__ void add_row(float (&total)[kWidth], const float (&w)[kWidth], const T* dy_row,
-                        const Tables<T>& tables, const Norm<W>& norm, const Dropout& dropout,
-                        int64_t row, int64_t col) {
-  const Place<T> place = find(tables, row);
-  if (!place.there) return;
-  float d[kWidth];
-  load(d, dy_row + col);
-  drop(d, dropout, row, col);
-  if (norm.weight) {
-    float x[kWidth];
-    gather(x, place, col);
-    const float m = norm.mean[row], r = norm.rstd[row];
-    const float g_mean = norm.g_mean[row], dot_mean = norm.dot_mean[row];
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      d[i] = r * (d[i] * w[i] - g_mean - (x[i] - m) * r * dot_mean);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) total[i] += d[i];
-}
-
-template <int kWidth, typename T, typename W>
+// D, of dx, is T or fp32.
+template <int kWidth, typename T, typename D>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
-    table_backward_kernel(T* dtable, float* parts, const T* dy, Runs runs, Tables<T> tables,
-                          Norm<W> norm, Dropout dropout, int64_t cols, int64_t dy_stride,
-                          int64_t across) {
+    table_backward_kernel(T* dtable, float* parts, const D* dx, Runs runs, Tables<T> tables,
+                          int64_t cols, int64_t dx_stride, int64_t across) {
   const int64_t chunk = blockIdx.x / across;
   const int64_t col = (blockIdx.x % across * blockDim.x + threadIdx.x) * kWidth;
   if (col >= cols) return;
-  float w[kWidth], total[kWidth] = {};
-  if (norm.weight) load(w, norm.weight + col);
+  float total[kWidth] = {};
 
   const int64_t first = chunk * runs.chunk_rows;
   const int64_t last = first + runs.chunk_rows < runs.rows ? first + runs.chunk_rows : runs.rows;
@@ -186,7 +176,12 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks)
   for (int64_t k = first; k < last; ++k) {
     const int64_t row = lap * runs.period + (runs.order ? runs.order[turn] : turn);
     const bool counts = runs.counts(key);
-    if (counts) add_row(total, w, dy + row * dy_stride, tables, norm, dropout, row, col);
+    if (counts && find(tables, row).there) {
+      float d[kWidth];
+      load(d, dx + row * dx_stride + col);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) total[i] += d[i];
+    }
 
     if (++lap == runs.repeats) {
       lap = 0;
@@ -268,17 +263,16 @@ cudaError_t embed_forward(void* y, float* mean, float* rstd, const int64_t* toke
   });
 }
 
-cudaError_t embed_norm_backward(
-    float* g_mean, float* dot_mean, void* dweight, void* dbias, float* dweight_parts,
-    float* dbias_parts, const void* dy, const int64_t* token_ids, const void* token_table,
-    int64_t tokens, int64_t token_stride, int64_t token_period, const int64_t* position_ids,
-    const void* position_table, int64_t positions, int64_t position_stride, int64_t position_period,
-    const int64_t* segment_ids, const void* segment_table, int64_t segments, int64_t segment_stride,
-    int64_t segment_period, const void* weight, const float* mean, const float* rstd,
-    int64_t threshold, float scale, const int64_t* seeds, const int64_t* offsets,
-    int64_t seed_stride, int64_t offset_stride, int64_t seed, int64_t offset, int64_t rows,
-    int64_t cols, int64_t dy_stride, int64_t parts, DType dtype, DType weight_dtype,
-    cudaStream_t stream) {
+cudaError_t embed_rows_backward(
+    float* dx, void* dweight, void* dbias, float* dweight_parts, float* dbias_parts, const void* dy,
+    const int64_t* token_ids, const void* token_table, int64_t tokens, int64_t token_stride,
+    int64_t token_period, const int64_t* position_ids, const void* position_table,
+    int64_t positions, int64_t position_stride, int64_t position_period, const int64_t* segment_ids,
+    const void* segment_table, int64_t segments, int64_t segment_stride, int64_t segment_period,
+    const void* weight, const float* mean, const float* rstd, int64_t threshold, float scale,
+    const int64_t* seeds, const int64_t* offsets, int64_t seed_stride, int64_t offset_stride,
+    int64_t seed, int64_t offset, int64_t rows, int64_t cols, int64_t dy_stride, int64_t parts,
+    DType dtype, DType weight_dtype, cudaStream_t stream) {
   return for_dtypes(dtype, weight_dtype, [&](auto t, auto w) {
     using T = typename decltype(t)::type;
     using W = typename decltype(w)::type;
@@ -289,14 +283,14 @@ cudaError_t embed_norm_backward(
     const Dropout dropout{threshold,   scale,         seeds, offsets,
                           seed_stride, offset_stride, seed,  offset};
     const bool wide =
-        can_vectorise<kVector<T>>(addresses(dweight_parts, dbias_parts, dy, token_table,
+        can_vectorise<kVector<T>>(addresses(dx, dweight_parts, dbias_parts, dy, token_table,
                                             position_table, segment_table, weight),
                                   cols, dy_stride, token_stride, position_stride, segment_stride);
     const auto kernel =
-        wide ? norm_backward_kernel<kVector<T>, T, W> : norm_backward_kernel<1, T, W>;
+        wide ? rows_backward_kernel<kVector<T>, T, W> : rows_backward_kernel<1, T, W>;
     const cudaError_t status = launch_parts(
         kernel, dweight_parts ? 2 : 0, parts, cols, threads_for(cols, wide ? kVector<T> : 1),
-        stream, g_mean, dot_mean, dweight_parts, dbias_parts, static_cast<const T*>(dy), tables,
+        stream, dx, dweight_parts, dbias_parts, static_cast<const T*>(dy), tables,
         static_cast<const W*>(weight), mean, rstd, dropout, rows, cols, dy_stride, parts);
     if (status != cudaSuccess) return status;
     return column_sums(static_cast<W*>(dweight), static_cast<W*>(dbias),
@@ -306,43 +300,34 @@ cudaError_t embed_norm_backward(
 }
 
 cudaError_t embed_table_backward(
-    void* dtable, float* parts, const void* dy, const int64_t* keys, const int64_t* order,
+    void* dtable, float* parts, const void* dx, const int64_t* keys, const int64_t* order,
     int64_t period, int64_t table_rows, int64_t padding, int64_t chunk_rows, int64_t chunks,
     const int64_t* token_ids, const void* token_table, int64_t tokens, int64_t token_stride,
     int64_t token_period, const int64_t* position_ids, const void* position_table,
     int64_t positions, int64_t position_stride, int64_t position_period, const int64_t* segment_ids,
     const void* segment_table, int64_t segments, int64_t segment_stride, int64_t segment_period,
-    const void* weight, const float* mean, const float* rstd, const float* g_mean,
-    const float* dot_mean, int64_t threshold, float scale, const int64_t* seeds,
-    const int64_t* offsets, int64_t seed_stride, int64_t offset_stride, int64_t seed,
-    int64_t offset, int64_t rows, int64_t cols, int64_t dy_stride, DType dtype, DType weight_dtype,
+    int64_t rows, int64_t cols, int64_t dx_stride, DType dtype, DType dx_dtype,
     cudaStream_t stream) {
   if (rows == 0 || cols == 0 || period == 0) return cudaErrorInvalidValue;
-  return for_dtypes(dtype, weight_dtype, [&](auto t, auto w) {
+  return for_dtypes(dtype, dx_dtype, [&](auto t, auto d) {
     using T = typename decltype(t)::type;
-    using W = typename decltype(w)::type;
+    using D = typename decltype(d)::type;
     const Tables<T> tables{
         table_of<T>(token_ids, token_table, tokens, token_stride, token_period),
         table_of<T>(position_ids, position_table, positions, position_stride, position_period),
         table_of<T>(segment_ids, segment_table, segments, segment_stride, segment_period)};
-    const Dropout dropout{threshold,   scale,         seeds, offsets,
-                          seed_stride, offset_stride, seed,  offset};
-    const Norm<W> norm{static_cast<const W*>(weight), mean, rstd, g_mean, dot_mean};
     const Runs runs{keys,       order,  rows,       period, rows / period,
                     chunk_rows, chunks, table_rows, padding};
-    const bool wide = can_vectorise<kVector<T>>(
-        addresses(dtable, parts, dy, token_table, position_table, segment_table, weight), cols,
-        dy_stride, token_stride, position_stride, segment_stride);
+    const bool wide = can_vectorise<kVector<T>>(addresses(dtable, parts, dx), cols, dx_stride);
     const int width = wide ? kVector<T> : 1;
-    const auto kernel =
-        wide ? table_backward_kernel<kVector<T>, T, W> : table_backward_kernel<1, T, W>;
+    const auto kernel = wide ? table_backward_kernel<kVector<T>, T, D> : table_backward_kernel<1, T, D>;
     const int64_t warps = (cols + width * kWarpSize - 1) / (width * kWarpSize);
     const int64_t threads = std::min<int64_t>(warps, kWalkWarps) * kWarpSize;
     int64_t across = (cols + threads * width - 1) / (threads * width);
     const cudaError_t status =
         launch(kernel, chunks * across, dim3(static_cast<unsigned>(threads)), 0, stream,
-               static_cast<T*>(dtable), parts, static_cast<const T*>(dy), runs, tables, norm,
-               dropout, cols, dy_stride, across);
+               static_cast<T*>(dtable), parts, static_cast<const D*>(dx), runs, tables, cols,
+               dx_stride, across);
     if (status != cudaSuccess) return status;
     across = (cols + kWarpSize - 1) / kWarpSize;
     return launch(join_kernel<T>, chunks * across, dim3(kWarpSize, kColumnThreads), 0, stream,

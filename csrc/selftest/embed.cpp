@@ -120,15 +120,15 @@ Run run(const Size& size, const Named& ids, const Dropout& dropout,
     keep(run, "rstd", DType::f32, 1, rstd);
   }
 
-  const Array g_mean(DType::f32, statistics), dot_mean(DType::f32, statistics);
   const Array dweight(weight_dtype, normed ? cols : 0), dbias(weight_dtype, normed ? cols : 0);
-  const Array sums(DType::f32, normed ? 2 * parts * cols : 0);
-  if (normed) {
-    launch("embed_norm_backward", embed_norm_backward,
-           std::make_tuple(g_mean.at<float>(), dot_mean.at<float>(), dweight.at(), dbias.at(),
-                           sums.at<float>(), sums.at<float>() + parts * cols, dy.at()),
+  const Array sums(DType::f32, normed ? 2 * parts * cols : 0), dx(DType::f32, rows * cols);
+  const bool passed_on = !normed && dropout.threshold == 0;
+  if (!passed_on) {
+    launch("embed_rows_backward", embed_rows_backward,
+           std::make_tuple(dx.at<float>(), dweight.at(), dbias.at(), sums.at<float>(),
+                           normed ? sums.at<float>() + parts * cols : nullptr, dy.at()),
            where, std::make_tuple(weight.at(), mean.at<float>(), rstd.at<float>()), draw,
-           std::make_tuple(stride, parts), kind);
+           std::make_tuple(stride, normed ? parts : rows), kind);
   }
   const auto walk = [&](const char* name, int64_t count, const Ids& keys, int64_t turns,
                         int64_t padding) {
@@ -144,12 +144,12 @@ Run run(const Size& size, const Named& ids, const Dropout& dropout,
     const Array table(dtype, Values(static_cast<size_t>(count * cols)));
     const Array left(DType::f32, 2 * chunks * cols);
     launch(name, embed_table_backward,
-           std::make_tuple(table.at(), left.at<float>(), dy.at(), sorted_keys.at<int64_t>(),
-                           places.at<int64_t>(), turns, count, padding, chunk_rows, chunks),
+           std::make_tuple(table.at(), left.at<float>(), passed_on ? dy.at() : dx.at(),
+                           sorted_keys.at<int64_t>(), places.at<int64_t>(), turns, count, padding,
+                           chunk_rows, chunks),
            where,
-           std::make_tuple(weight.at(), mean.at<float>(), rstd.at<float>(), g_mean.at<float>(),
-                           dot_mean.at<float>()),
-           draw, std::make_tuple(stride), kind);
+           std::make_tuple(rows, cols, passed_on ? stride : cols, dtype,
+                           passed_on ? dtype : DType::f32, nullptr));
     keep(run, name, dtype, cols, table);
   };
   walk("dtokens", kTokens, ids.tokens, rows, kPadding);

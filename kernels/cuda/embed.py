@@ -1,7 +1,7 @@
 """Embedding in CUDA C++: a warp or a block a row, 16-byte accesses where the rows are aligned.
 
-Backward holds no tensor of the size of dy: rows are walked by id, in chunks, and what a run of one
-id leaves of several is joined after.
+Backward takes the gradient back to the sum of the rows, once for all tables; then rows are walked
+by id, in chunks, and what a run of one id leaves of several is joined after.
 """
 
 from math import isqrt
@@ -46,48 +46,49 @@ def embed_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     return y, mean, rstd
 
 
-def embed_norm_backward(dy: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dy [rows, cols], tables and ids, weight [cols], mean, rstd [rows], dropout, what is wanted
-    -> the means of g and g * xhat [rows], dweight, dbias [cols or 0]."""
-    tables, (weight, mean, rstd), dropout = arguments[:8], arguments[8:11], arguments[11:-2]
+def embed_rows_backward(dy: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """dy [rows, cols], tables and ids, weight [cols] or None, mean, rstd [rows or 0], dropout,
+    what is wanted -> dx [rows, cols] of the sum of the tables' rows, fp32, dweight, dbias
+    [cols]; empty where not wanted."""
+    tables, (weight, mean, rstd), dropout = arguments[:8], arguments[8:11], arguments[11:-3]
+    want_dx, *wanted = arguments[-3:]
     rows, cols = dy.shape
-    wanted = arguments[-2:]
-    g_mean, dot_mean = torch.empty_like(mean), torch.empty_like(mean)
-    dweight, dbias = (weight.new_empty(cols if want else 0) for want in wanted)
+    dx = dy.new_empty((rows, cols) if want_dx else 0, dtype=torch.float32)
+    like = dy if weight is None else weight
+    dweight, dbias = (like.new_empty(cols if want else 0) for want in wanted)
     parts, sums = rows, (None, None)
     if any(wanted):
         parts = parts_for(rows, cols)
         sums = dy.new_empty(2, parts, cols, dtype=torch.float32)
-    _cuda.embed_norm_backward(
-        address(g_mean), address(dot_mean), address(dweight), address(dbias), *map(address, sums),
+    _cuda.embed_rows_backward(
+        address(dx), address(dweight), address(dbias), *map(address, sums),
         address(dy), *_where(*tables), address(weight), address(mean), address(rstd),
         *draw(*dropout), rows, cols, dy.stride(0), parts,
-        DTYPES[dy.dtype], DTYPES[weight.dtype], stream(dy),
+        DTYPES[dy.dtype], DTYPES[like.dtype], stream(dy),
     )  # fmt: skip
-    return g_mean, dot_mean, dweight, dbias
+    return dx, dweight, dbias
 
 
 def embed_table_backward(
-    dy: Tensor,
+    dx: Tensor,
     keys: Tensor | None,
     order: Tensor | None,
     period: int,
     which: int,
     padding: int,
-    *arguments,
+    *tables,
 ) -> Tensor:
-    """dy [rows, cols], keys and their order [period], tables and ids, weight [cols], mean, rstd,
-    g_mean, dot_mean [rows], dropout -> the gradient of the table that is `which`."""
-    tables, norm, dropout = arguments[:8], arguments[8:13], arguments[13:]
-    rows, cols = dy.shape
-    dtable = dy.new_zeros(tables[2 * which + 1].shape)
+    """dx [rows, cols], keys and their order [period], tables and ids -> the gradient of the table
+    that is `which`."""
+    rows, cols = dx.shape
+    table = tables[2 * which + 1]
+    dtable = table.new_zeros(table.shape)
     chunk_rows = max(isqrt(rows // JOINED_AT_ONCE), 1)
     chunks = -(-rows // chunk_rows)
-    parts = dy.new_empty(chunks, 2, cols, dtype=torch.float32)
+    parts = dx.new_empty(chunks, 2, cols, dtype=torch.float32)
     _cuda.embed_table_backward(
-        address(dtable), address(parts), address(dy), address(keys), address(order),
-        period, len(dtable), padding, chunk_rows, chunks, *_where(*tables), *map(address, norm),
-        *draw(*dropout), rows, cols, dy.stride(0),
-        DTYPES[dy.dtype], DTYPES[(dy if norm[0] is None else norm[0]).dtype], stream(dy),
+        address(dtable), address(parts), address(dx), address(keys), address(order),
+        period, len(dtable), padding, chunk_rows, chunks, *_where(*tables),
+        rows, cols, dx.stride(0), DTYPES[table.dtype], DTYPES[dx.dtype], stream(dx),
     )  # fmt: skip
     return dtable

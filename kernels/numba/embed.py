@@ -1,7 +1,8 @@
 """Embedding on the CPU: the rows of the tables are added once, into a row that stays in L1.
 
-Backward never holds a tensor of the size of dy. Rows are walked by id, in chunks: a run of one id
-within a chunk goes to the gradient at once, and what a run leaves of other chunks is joined after.
+Backward takes the gradient back to that sum, once for all tables. Then rows are walked by id, in
+chunks: a run of one id within a chunk goes to the gradient at once, and what a run leaves of other
+chunks is joined after.
 """
 
 from math import isqrt
@@ -20,7 +21,12 @@ from tilewise.kernels.numba._lookup import (
     id_of,
     where_of,
 )
-from tilewise.kernels.numba._norm_rows import add_gradients, row_statistics, write_row
+from tilewise.kernels.numba._norm_rows import (
+    add_gradients,
+    row_statistics,
+    write_gradient,
+    write_row,
+)
 from tilewise.kernels.numba._parallel import Kernel, callee, take
 from tilewise.kernels.numba._shared import (
     partial_sums,
@@ -89,74 +95,63 @@ def _forward(
         finish_writes()
 
 
-# --- Backward.
+# --- Backward, of the norm and the dropout.
 
 
 @callee
-def _norm_row(dweight, dbias, d, x, mean, rstd, weight, sums, cols):
-    """The sums over a row of g and g * xhat; adds to those over rows where `sums`."""
+def _norm_gradient(dx, dy, x, dweight, dbias, mean, rstd, weight, sums, cols, past_caches):
+    """dx, if it is wanted, of what was looked up, dy being of what was normalised; adds to the sums
+    over rows where `sums`."""
     numbers = mean, rstd, real(x, 0)
     if sums:
-        ins = d, x, weight, dweight, dbias
-        return add_gradients((dweight, dbias), ins, numbers, cols)
-    return add_gradients((None, None), (d, x, weight, None, None), numbers, cols)
+        ins = dy, x, weight, dweight, dbias
+        g_sum, dot = add_gradients((dweight, dbias), ins, numbers, cols)
+    else:
+        g_sum, dot = add_gradients((None, None), (dy, x, weight, None, None), numbers, cols)
+    if dx is not None:
+        count = real(x, cols)
+        numbers = mean, rstd, g_sum / count, dot / count, real(x, 0)
+        write_gradient((None, dx), (dy, x, None, weight, None), numbers, cols, past_caches)
 
 
 @Kernel
-def _norm_backward(
-    part, g_mean_at, dot_mean_at, dweight_at, dbias_at, dy_at, scratch_at, where, weight_at,
-    mean_at, rstd_at, dropout, kind, wide, weight_kind,
-    rows, cols, dy_stride, sum_stride, stride, parts,
+def _rows_backward(
+    part, dx_at, dweight_at, dbias_at, dy_at, scratch_at, where, weight_at, mean_at, rstd_at,
+    dropout, kind, dx_kind, wide, weight_kind,
+    rows, cols, dy_stride, sum_stride, stride, parts, past_caches,
 ):  # fmt: skip
-    # the means of g and of g * xhat, with g = dy * weight and dy that of what was dropped out of
     x = offset(pointer(scratch_at, wide), 2 * part * stride)
     d = offset(x, stride)
     weight = pointer(weight_at, weight_kind)
     dweight = offset(pointer(dweight_at, wide), part * sum_stride)
     dbias = offset(pointer(dbias_at, wide), part * sum_stride)
+    dropping, sums = dropout[ANY], dweight_at != 0
     for i in range(part * rows // parts, (part + 1) * rows // parts):
-        g_sum, dot = real(x, 0), real(x, 0)
-        if gather(x, i, where, kind, cols):
-            dy = offset(pointer(dy_at, kind), i * dy_stride)
+        dx = offset(pointer(dx_at, dx_kind), i * cols)
+        dy = offset(pointer(dy_at, kind), i * dy_stride)
+        if dropping:
+            mark_kept(d, 0, cols, i, dropout, dropout[SCALE])
+        if not gather(x, i, where, kind, cols):
+            if dx_at is not None:
+                fill(dx, real(x, 0), cols)
+        elif weight_at:
             mean, rstd = load(pointer(mean_at, wide), i), load(pointer(rstd_at, wide), i)
-            if dropout[ANY]:
-                mark_kept(d, 0, cols, i, dropout, dropout[SCALE])
+            if dropping:
                 drop(d, dy, d, cols)
-                g_sum, dot = _norm_row(
-                    dweight, dbias, d, x, mean, rstd, weight, dweight_at != 0, cols
+                _norm_gradient(
+                    dx, d, x, dweight, dbias, mean, rstd, weight, sums, cols, past_caches
                 )
             else:
-                g_sum, dot = _norm_row(
-                    dweight, dbias, dy, x, mean, rstd, weight, dweight_at != 0, cols
+                _norm_gradient(
+                    dx, dy, x, dweight, dbias, mean, rstd, weight, sums, cols, past_caches
                 )
-        store(pointer(g_mean_at, wide), i, g_sum / real(x, cols))
-        store(pointer(dot_mean_at, wide), i, dot / real(x, cols))
+        elif dx_at is not None:
+            drop(dx, dy, d, cols)
+    if past_caches:
+        finish_writes()
 
 
-@callee
-def _gradient(out, d, x, mean, rstd, g_mean, dot_mean, weight, cols):
-    for j in range(cols):
-        g, xhat = load(d, j) * real(x, load(weight, j)), (load(x, j) - mean) * rstd
-        store(out, j, rstd * (g - g_mean - xhat * dot_mean))
-
-
-@callee
-def _row_gradient(d, x, i, dy, where, norm, dropout, kinds, cols):
-    """d = the gradient of what was looked up for row `i`, where it is not dy itself."""
-    kind, wide, weight_kind = kinds
-    weight_at, mean_at, rstd_at, g_mean_at, dot_mean_at = norm
-    if dropout[ANY]:
-        mark_kept(d, 0, cols, i, dropout, dropout[SCALE])
-        drop(d, dy, d, cols)
-    if weight_at:
-        gather(x, i, where, kind, cols)
-        weight = pointer(weight_at, weight_kind)
-        mean, rstd = load(pointer(mean_at, wide), i), load(pointer(rstd_at, wide), i)
-        g_mean, dot_mean = load(pointer(g_mean_at, wide), i), load(pointer(dot_mean_at, wide), i)
-        if dropout[ANY]:
-            _gradient(d, d, x, mean, rstd, g_mean, dot_mean, weight, cols)
-        else:
-            _gradient(d, dy, x, mean, rstd, g_mean, dot_mean, weight, cols)
+# --- Backward, of the tables.
 
 
 @callee
@@ -178,10 +173,9 @@ def _key(k, keys_at, repeats):
 
 
 @callee
-def _walk(chunk, total, d, x, dtable_at, parts, dy_at, runs, where, norm, dropout, kinds, sizes):
-    kind = kinds[0]
+def _walk(chunk, total, dtable_at, parts, dx_at, runs, where, kind, dx_kind, sizes):
     token, position, segment = where
-    rows, cols, dy_stride, chunk_rows = sizes
+    rows, cols, dx_stride, chunk_rows = sizes
     keys_at, order_at, period, repeats, table_rows, padding = runs
     first, last = chunk * chunk_rows, min(chunk * chunk_rows + chunk_rows, rows)
     key = _key(first, keys_at, repeats)
@@ -195,14 +189,9 @@ def _walk(chunk, total, d, x, dtable_at, parts, dy_at, runs, where, norm, dropou
         counts = 0 <= key < table_rows and key != padding
         out = offset(pointer(dtable_at, kind), key * cols)
         if counts:
-            dy = offset(pointer(dy_at, kind), i * dy_stride)
             if id_of(i, token) >= 0 and id_of(i, position) >= 0 and id_of(i, segment) >= 0:
-                alone = ends and not began_before
-                if norm[0] or dropout[ANY]:
-                    _row_gradient(d, x, i, dy, where, norm, dropout, kinds, cols)
-                    _collect(out, total, d, added, alone, cols)
-                else:
-                    _collect(out, total, dy, added, alone, cols)
+                dx = offset(pointer(dx_at, dx_kind), i * dx_stride)
+                _collect(out, total, dx, added, ends and not began_before, cols)
                 added += 1
         if not ends and k + 1 < last:
             continue
@@ -219,16 +208,14 @@ def _walk(chunk, total, d, x, dtable_at, parts, dy_at, runs, where, norm, dropou
 
 @Kernel
 def _table_backward(
-    task, dtable_at, parts_at, dy_at, counter_at, scratch_at, runs, where, norm, dropout,
-    kinds, sizes, chunks, stride,
+    task, dtable_at, parts_at, dx_at, counter_at, scratch_at, runs, where, kind, dx_kind, wide,
+    sizes, chunks, stride,
 ):  # fmt: skip
-    wide = kinds[1]
-    total = offset(pointer(scratch_at, wide), 3 * task * stride)
-    d, x = offset(total, stride), offset(total, 2 * stride)
+    total = offset(pointer(scratch_at, wide), task * stride)
     parts = pointer(parts_at, wide)
     chunk = take(counter_at)
     while chunk < chunks:
-        _walk(chunk, total, d, x, dtable_at, parts, dy_at, runs, where, norm, dropout, kinds, sizes)
+        _walk(chunk, total, dtable_at, parts, dx_at, runs, where, kind, dx_kind, sizes)
         chunk = take(counter_at)
 
 
@@ -278,59 +265,59 @@ def embed_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     return y, mean, rstd
 
 
-def embed_norm_backward(dy: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dy [rows, cols], tables and ids, weight [cols], mean, rstd [rows], dropout, what is wanted
-    -> the means of g and g * xhat [rows], dweight, dbias [cols or 0]."""
-    tables, (weight, mean, rstd), dropout = arguments[:8], arguments[8:11], arguments[11:-2]
+def embed_rows_backward(dy: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """dy [rows, cols], tables and ids, weight [cols] or None, mean, rstd [rows or 0], dropout,
+    what is wanted -> dx [rows, cols] of the sum of the tables' rows, fp32 or fp64, dweight, dbias
+    [cols]; empty where not wanted."""
+    tables, (weight, mean, rstd), dropout = arguments[:8], arguments[8:11], arguments[11:-3]
+    want_dx, *wanted = arguments[-3:]
     rows, cols = dy.shape
-    wanted = arguments[-2:]
-    g_mean, dot_mean = torch.empty_like(mean), torch.empty_like(mean)
+    dx = dy.new_empty((rows, cols) if want_dx else 0, dtype=mean.dtype)
     parts = sum_parts_for(rows, cols)
     scratch = partial_sums(dy, 2 * parts, mean.dtype)
     sums = [partial_sums(dy, parts if any(wanted) else 0, mean.dtype) for _ in range(2)]
-    _norm_backward(
-        parts, 2 * dy.numel(), address(g_mean), address(dot_mean), *map(address, sums),
+    like = dy if weight is None else weight
+    _rows_backward(
+        parts, 2 * dy.numel(), dx.data_ptr() if want_dx else None, *map(address, sums),
         address(dy), address(scratch), where_of(*tables), address(weight), address(mean),
-        address(rstd), draw(*dropout), kind(dy), kind(mean), kind(weight),
-        rows, cols, dy.stride(0), sums[0].shape[1], scratch.shape[1], parts,
+        address(rstd), draw(*dropout), kind(dy), kind(dx) if want_dx else None, kind(mean),
+        kind(like), rows, cols, dy.stride(0), sums[0].shape[1], scratch.shape[1], parts,
+        want_dx and streamed(dx),
     )  # fmt: skip
     dweight, dbias = (
-        summed(part, weight) if want else weight.new_empty(0)
+        summed(part, like) if want else like.new_empty(0)
         for part, want in zip(sums, wanted, strict=True)
     )
-    return g_mean, dot_mean, dweight, dbias
+    return dx, dweight, dbias
 
 
 def embed_table_backward(
-    dy: Tensor,
+    dx: Tensor,
     keys: Tensor | None,
     order: Tensor | None,
     period: int,
     which: int,
     padding: int,
-    *arguments,
+    *tables,
 ) -> Tensor:
-    """dy [rows, cols], keys and their order [period], tables and ids, weight [cols], mean, rstd,
-    g_mean, dot_mean [rows], dropout -> the gradient of the table that is `which`."""
-    tables, norm, dropout = arguments[:8], arguments[8:13], arguments[13:]
-    rows, cols = dy.shape
-    dtable = dy.new_zeros(tables[2 * which + 1].shape)
-    wide = dy.new_empty(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+    """dx [rows, cols], keys and their order [period], tables and ids -> the gradient of the table
+    that is `which`."""
+    rows, cols = dx.shape
+    table = tables[2 * which + 1]
+    dtable = table.new_zeros(table.shape)
     chunk_rows = isqrt(rows - 1) + 1
     chunks = -(-rows // chunk_rows)
-    parts = wide.new_empty(chunks, 2, cols)
-    counter, scratch, elements = thread_scratch(wide, 3 * (cols + 15) // 16 * 16)
-    stride = elements // 3
+    parts = dx.new_empty(chunks, 2, cols, dtype=torch.promote_types(dx.dtype, torch.float32))
+    counter, scratch, stride = thread_scratch(parts, cols)
     runs = (address(keys), address(order), period, rows // period, len(dtable), padding)
-    weight = dy if norm[0] is None else norm[0]
     _table_backward(
-        torch.get_num_threads(), 2 * dy.numel(), address(dtable), address(parts), address(dy),
-        address(counter), address(scratch), runs, where_of(*tables), tuple(map(address, norm)),
-        draw(*dropout), (kind(dy), kind(wide), kind(weight)),
-        (rows, cols, dy.stride(0), chunk_rows), chunks, stride,
+        torch.get_num_threads(), 2 * dx.numel(), address(dtable), address(parts), address(dx),
+        address(counter), address(scratch), runs, where_of(*tables), kind(dtable), kind(dx),
+        kind(parts),
+        (rows, cols, dx.stride(0), chunk_rows), chunks, stride,
     )  # fmt: skip
     _join(
-        chunks, parts.numel(), address(dtable), address(parts), runs, kind(dy), kind(wide),
+        chunks, parts.numel(), address(dtable), address(parts), runs, kind(dtable), kind(parts),
         cols, rows, chunk_rows, chunks,
     )  # fmt: skip
     return dtable

@@ -1,7 +1,8 @@
 """Embedding on the GPU: one program a row, held in registers, or in blocks where it is wide.
 
-Backward never holds a tensor of the size of dy. Rows are walked by id, in chunks: a run of one id
-within a chunk goes to the gradient at once, and what a run leaves of other chunks is joined after.
+Backward takes the gradient back to the sum of the rows, once for all tables. Then rows are walked
+by id, in chunks: a run of one id within a chunk goes to the gradient at once, and what a run leaves
+of other chunks is joined after.
 """
 
 from math import isqrt
@@ -27,7 +28,7 @@ WIDEST_JOIN = 256
 
 SEARCH_SPACE = {
     "_forward_kernel": {"num_warps": (1, 2, 4, 8, 16)},
-    "_norm_backward_kernel": {"num_warps": (1, 2, 4, 8, 16)},
+    "_rows_backward_kernel": {"num_warps": (1, 2, 4, 8, 16)},
     "_table_backward_kernel": {"BLOCK": (256, 512, 1024, 2048), "num_warps": (1, 2, 4, 8)},
 }
 
@@ -129,22 +130,23 @@ def _forward_wide_kernel(
 
 
 @triton.jit(do_not_specialize=["seed", "offset", "threshold"])
-def _norm_backward_kernel(
-    g_mean_ptr, dot_mean_ptr, dweight_parts_ptr, dbias_parts_ptr, dy_ptr,
+def _rows_backward_kernel(
+    dx_ptr, dweight_parts_ptr, dbias_parts_ptr, dy_ptr,
     token_ids_ptr, token_ptr, tokens, token_stride, token_period,
     position_ids_ptr, position_ptr, positions, position_stride, position_period,
     segment_ids_ptr, segment_ptr, segments, segment_stride, segment_period,
     weight_ptr, mean_ptr, rstd_ptr, seeds_ptr, offsets_ptr, seed, offset, threshold, scale,
     rows, cols, dy_stride,
     DROPOUT: tl.constexpr, SEED_STRIDE: tl.constexpr, OFFSET_STRIDE: tl.constexpr,
-    SUMS: tl.constexpr, MEANS: tl.constexpr, BLOCK: tl.constexpr,
+    SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # Programs (part, block of columns). MEANS needs the whole row in one block.
+    # Programs (part, block of columns). With a dx and a norm a block must be a whole row.
     part = tl.cast(tl.program_id(0), tl.int64)
     start = tl.program_id(1) * BLOCK
     col = start + tl.arange(0, BLOCK)
     mask = col < cols
-    weight = tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK], tl.float32)
     dbias = tl.zeros([BLOCK], tl.float32)
     for i in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -157,7 +159,6 @@ def _norm_backward_kernel(
             segment_ids_ptr, segment_ptr, segments, segment_stride, segment_period, row
         )
         there = found & placed & parted
-        x = gather(token_ptr, position_ptr, segment_ptr, a, b, c, col, mask)
         d = tl.load(dy_ptr + row * dy_stride + col, mask=mask, other=0.0).to(tl.float32)
         if DROPOUT:
             d = dropped(
@@ -165,21 +166,27 @@ def _norm_backward_kernel(
                 SEED_STRIDE, OFFSET_STRIDE, BLOCK,
             )  # fmt: skip
         d = tl.where(there, d, 0.0)
-        xhat = tl.where(there, (x - tl.load(mean_ptr + row)) * tl.load(rstd_ptr + row), 0.0)
-        if SUMS:
-            dweight += d * xhat
-            dbias += d
-        if MEANS:
-            tl.store(g_mean_ptr + row, tl.sum(d * weight) / cols)
-            tl.store(dot_mean_ptr + row, tl.sum(d * weight * xhat) / cols)
+        if weight_ptr is not None:
+            x = gather(token_ptr, position_ptr, segment_ptr, a, b, c, col, mask)
+            rstd = tl.where(there, tl.load(rstd_ptr + row), 0.0)
+            xhat = tl.where(there, (x - tl.load(mean_ptr + row)) * rstd, 0.0)
+            if SUMS:
+                dweight += d * xhat
+                dbias += d
+            if dx_ptr is not None:
+                d *= weight
+                through = tl.sum(d) / cols + xhat * (tl.sum(d * xhat) / cols)
+                d = rstd * (d - through)
+        if dx_ptr is not None:
+            tl.store(dx_ptr + row * cols + col, d, mask=mask)
     if SUMS:
         tl.store(dweight_parts_ptr + part * cols + col, dweight, mask=mask)
         tl.store(dbias_parts_ptr + part * cols + col, dbias, mask=mask)
 
 
 @triton.jit(do_not_specialize=["seed", "offset", "threshold"])
-def _means_wide_kernel(
-    g_mean_ptr, dot_mean_ptr, dy_ptr,
+def _rows_backward_wide_kernel(
+    dx_ptr, dy_ptr,
     token_ids_ptr, token_ptr, tokens, token_stride, token_period,
     position_ids_ptr, position_ptr, positions, position_stride, position_period,
     segment_ids_ptr, segment_ptr, segments, segment_stride, segment_period,
@@ -189,48 +196,61 @@ def _means_wide_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.cast(tl.program_id(0), tl.int64)
-    a, _ = row_of(token_ids_ptr, token_ptr, tokens, token_stride, token_period, row)
-    b, _ = row_of(position_ids_ptr, position_ptr, positions, position_stride, position_period, row)
-    c, _ = row_of(segment_ids_ptr, segment_ptr, segments, segment_stride, segment_period, row)
-    mean = tl.load(mean_ptr + row)
-    rstd = tl.load(rstd_ptr + row)
-    g_sum = tl.zeros([BLOCK], tl.float32)
-    dot = tl.zeros([BLOCK], tl.float32)
+    a, found = row_of(token_ids_ptr, token_ptr, tokens, token_stride, token_period, row)
+    b, placed = row_of(
+        position_ids_ptr, position_ptr, positions, position_stride, position_period, row
+    )
+    c, parted = row_of(segment_ids_ptr, segment_ptr, segments, segment_stride, segment_period, row)
+    there = found & placed & parted
+    if weight_ptr is not None:
+        mean = tl.load(mean_ptr + row)
+        rstd = tl.load(rstd_ptr + row)
+        g_sum = tl.zeros([BLOCK], tl.float32)
+        dot = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, cols, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            mask = col < cols
+            x = gather(token_ptr, position_ptr, segment_ptr, a, b, c, col, mask)
+            g = tl.load(dy_ptr + row * dy_stride + col, mask=mask, other=0.0).to(tl.float32)
+            if DROPOUT:
+                g = dropped(
+                    g, row, start, seeds_ptr, offsets_ptr, seed, offset, threshold, scale,
+                    SEED_STRIDE, OFFSET_STRIDE, BLOCK,
+                )  # fmt: skip
+            g *= tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
+            g_sum += g
+            dot += g * ((x - mean) * rstd)
+        g_mean = tl.sum(g_sum) / cols
+        dot_mean = tl.sum(dot) / cols
+
     for start in range(0, cols, BLOCK):
         col = start + tl.arange(0, BLOCK)
         mask = col < cols
-        x = gather(token_ptr, position_ptr, segment_ptr, a, b, c, col, mask)
-        g = tl.load(dy_ptr + row * dy_stride + col, mask=mask, other=0.0).to(tl.float32)
+        d = tl.load(dy_ptr + row * dy_stride + col, mask=mask, other=0.0).to(tl.float32)
         if DROPOUT:
-            g = dropped(
-                g, row, start, seeds_ptr, offsets_ptr, seed, offset, threshold, scale,
+            d = dropped(
+                d, row, start, seeds_ptr, offsets_ptr, seed, offset, threshold, scale,
                 SEED_STRIDE, OFFSET_STRIDE, BLOCK,
             )  # fmt: skip
-        g *= tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
-        g_sum += g
-        dot += g * ((x - mean) * rstd)
-    tl.store(g_mean_ptr + row, tl.sum(g_sum) / cols)
-    tl.store(dot_mean_ptr + row, tl.sum(dot) / cols)
+        if weight_ptr is not None:
+            x = gather(token_ptr, position_ptr, segment_ptr, a, b, c, col, mask)
+            weight = tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
+            d = rstd * (d * weight - g_mean - (x - mean) * rstd * dot_mean)
+        tl.store(dx_ptr + row * cols + col, tl.where(there, d, 0.0), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed", "offset", "threshold", "padding"])
+@triton.jit(do_not_specialize=["padding"])
 def _table_backward_kernel(
-    dtable_ptr, parts_ptr, dy_ptr, keys_ptr, order_ptr,
+    dtable_ptr, parts_ptr, dx_ptr, keys_ptr, order_ptr,
     token_ids_ptr, token_ptr, tokens, token_stride, token_period,
     position_ids_ptr, position_ptr, positions, position_stride, position_period,
     segment_ids_ptr, segment_ptr, segments, segment_stride, segment_period,
-    weight_ptr, mean_ptr, rstd_ptr, g_mean_ptr, dot_mean_ptr,
-    seeds_ptr, offsets_ptr, seed, offset, threshold, scale,
-    rows, cols, dy_stride, period, repeats, table_rows, padding, chunk_rows,
-    DROPOUT: tl.constexpr, SEED_STRIDE: tl.constexpr, OFFSET_STRIDE: tl.constexpr,
+    rows, cols, dx_stride, period, repeats, table_rows, padding, chunk_rows,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.cast(tl.program_id(0), tl.int64)
-    start = tl.program_id(1) * BLOCK
-    col = start + tl.arange(0, BLOCK)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = col < cols
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
 
     # The k-th row in the order of ids is row `lap` * period + order[turn], its id keys[turn].
     first = chunk * chunk_rows
@@ -247,25 +267,14 @@ def _table_backward_kernel(
         row = lap * period + turn
         if order_ptr is not None:
             row = lap * period + tl.load(order_ptr + turn)
-        a, found = row_of(token_ids_ptr, token_ptr, tokens, token_stride, token_period, row)
-        b, placed = row_of(
+        _, found = row_of(token_ids_ptr, token_ptr, tokens, token_stride, token_period, row)
+        _, placed = row_of(
             position_ids_ptr, position_ptr, positions, position_stride, position_period, row
         )
-        c, parted = row_of(
+        _, parted = row_of(
             segment_ids_ptr, segment_ptr, segments, segment_stride, segment_period, row
         )
-        d = tl.load(dy_ptr + row * dy_stride + col, mask=mask, other=0.0).to(tl.float32)
-        if DROPOUT:
-            d = dropped(
-                d, row, start, seeds_ptr, offsets_ptr, seed, offset, threshold, scale,
-                SEED_STRIDE, OFFSET_STRIDE, BLOCK,
-            )  # fmt: skip
-        if weight_ptr is not None:
-            x = gather(token_ptr, position_ptr, segment_ptr, a, b, c, col, mask)
-            rstd = tl.load(rstd_ptr + row)
-            xhat = (x - tl.load(mean_ptr + row)) * rstd
-            through = tl.load(g_mean_ptr + row) + xhat * tl.load(dot_mean_ptr + row)
-            d = rstd * (d * weight - through)
+        d = tl.load(dx_ptr + row * dx_stride + col, mask=mask, other=0.0).to(tl.float32)
         total += tl.where(found & placed & parted, d, 0.0)
 
         lap += 1
@@ -310,58 +319,59 @@ def embed_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     return y, mean, rstd
 
 
-def embed_norm_backward(dy: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dy [rows, cols], tables and ids, weight [cols], mean, rstd [rows], dropout, what is wanted
-    -> the means of g and g * xhat [rows], dweight, dbias [cols or 0]."""
-    tables, norm, dropout = arguments[:8], arguments[8:11], arguments[11:-2]
-    wanted, weight = arguments[-2:], norm[0]
+def embed_rows_backward(dy: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """dy [rows, cols], tables and ids, weight [cols] or None, mean, rstd [rows or 0], dropout,
+    what is wanted -> dx [rows, cols] of the sum of the tables' rows, fp32, dweight, dbias
+    [cols]; empty where not wanted."""
+    tables, norm, dropout = arguments[:8], arguments[8:11], arguments[11:-3]
+    want_dx, *wanted = arguments[-3:]
     rows, cols = dy.shape
-    g_mean, dot_mean = torch.empty_like(norm[1]), torch.empty_like(norm[1])
-    parts = [dy.new_empty(min(rows, MAX_PARTS), cols, dtype=torch.float32) for _ in range(2)]
+    dx = dy.new_empty((rows, cols) if want_dx else 0, dtype=torch.float32)
+    sums = any(wanted)
+    count = min(rows, MAX_PARTS) if sums else rows
+    parts = [dy.new_empty(count if sums else 0, cols, dtype=torch.float32) for _ in range(2)]
     numbers, options = draw(*dropout)
+    given = dy, *where_of(*tables), *norm, *numbers
     wide = cols > WIDEST_BLOCK
-    if wide:
-        _means_wide_kernel[(rows,)](
-            g_mean, dot_mean, dy, *where_of(*tables), *norm, *numbers, cols, dy.stride(0),
-            **options, **WIDE_ROW,
-        )  # fmt: skip
-    if not wide or any(wanted):
+    if wide and want_dx:
+        _rows_backward_wide_kernel[(rows,)](dx, *given, cols, dy.stride(0), **options, **WIDE_ROW)
+    if not wide or sums:
         block = WIDE_ROW if wide else _row(cols)
-        _norm_backward_kernel[(len(parts[0]), triton.cdiv(cols, block["BLOCK"]))](
-            g_mean, dot_mean, *parts, dy, *where_of(*tables), *norm, *numbers,
-            rows, cols, dy.stride(0), SUMS=any(wanted), MEANS=not wide, **options, **block,
+        _rows_backward_kernel[(count, triton.cdiv(cols, block["BLOCK"]))](
+            dx if want_dx and not wide else None, *(parts if sums else (None, None)), *given,
+            rows, cols, dy.stride(0), SUMS=sums, **options, **block,
         )  # fmt: skip
+    like = dy if norm[0] is None else norm[0]
     dweight, dbias = (
-        part.sum(0).to(weight.dtype) if want else weight.new_empty(0)
+        part.sum(0).to(like.dtype) if want else like.new_empty(0)
         for part, want in zip(parts, wanted, strict=True)
     )
-    return g_mean, dot_mean, dweight, dbias
+    return dx, dweight, dbias
 
 
 def embed_table_backward(
-    dy: Tensor,
+    dx: Tensor,
     keys: Tensor | None,
     order: Tensor | None,
     period: int,
     which: int,
     padding: int,
-    *arguments,
+    *tables,
 ) -> Tensor:
-    """dy [rows, cols], keys and their order [period], tables and ids, weight [cols], mean, rstd,
-    g_mean, dot_mean [rows], dropout -> the gradient of the table that is `which`."""
-    tables, norm, dropout = arguments[:8], arguments[8:13], arguments[13:]
-    rows, cols = dy.shape
-    dtable = dy.new_zeros(tables[2 * which + 1].shape)
+    """dx [rows, cols], keys and their order [period], tables and ids -> the gradient of the table
+    that is `which`."""
+    rows, cols = dx.shape
+    table = tables[2 * which + 1]
+    dtable = table.new_zeros(table.shape)
     chunk_rows = max(isqrt(rows // TALL), 1)
     chunks = triton.cdiv(rows, chunk_rows)
-    parts = dy.new_empty(chunks, 2, cols, dtype=torch.float32)
-    numbers, options = draw(*dropout)
+    parts = dx.new_empty(chunks, 2, cols, dtype=torch.float32)
     block = min(max(triton.next_power_of_2(cols), 16), WIDEST_WALK)
     repeats = rows // period
     _table_backward_kernel[(chunks, triton.cdiv(cols, block))](
-        dtable, parts, dy, keys, order, *where_of(*tables), *norm, *numbers,
-        rows, cols, dy.stride(0), period, repeats, len(dtable), padding, chunk_rows,
-        BLOCK=block, **options, **launch_options(max(block // 256, 1)),
+        dtable, parts, dx, keys, order, *where_of(*tables),
+        rows, cols, dx.stride(0), period, repeats, len(dtable), padding, chunk_rows,
+        BLOCK=block, **launch_options(max(block // 256, 1)),
     )  # fmt: skip
     block = min(block, WIDEST_JOIN)
     _join_kernel[(chunks, triton.cdiv(cols, block))](

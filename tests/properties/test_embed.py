@@ -211,7 +211,7 @@ def test_without_a_seed_each_call_draws_another_mask():
 
 @pytest.mark.parametrize("op, backend", MINE)
 def test_what_is_frozen_costs_nothing(op, backend):
-    """One walk of the rows for each table that learns, and sums only for a norm that does."""
+    """A gradient of rows only if a table learns, a walk of them for each, and sums for the norm."""
     case_or_skip(op, backend)
     tensors = (TABLE, POSITIONS, KINDS, WEIGHT, BIAS)
     for learning in ((0,), (1, 2), (3,), (4,), (0, 1, 2, 3, 4)):
@@ -223,8 +223,8 @@ def test_what_is_frozen_costs_nothing(op, backend):
         names = [func.name() for func, _ in seen]
         walks = sum(i in learning for i in range(3))
         assert names.count("tilewise::embed_table_backward") == walks
-        (arguments,) = [args for func, args in seen if "norm_backward" in func.name()]
-        assert arguments[-3:-1] == (3 in learning, 4 in learning)
+        (arguments,) = [args for func, args in seen if "rows_backward" in func.name()]
+        assert arguments[-4:-1] == (walks > 0, 3 in learning, 4 in learning)
         assert [t.grad is not None for t in given] == [i in learning for i in range(5)]
 
 

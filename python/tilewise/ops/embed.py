@@ -220,22 +220,20 @@ class _Embed(torch.autograd.Function):
             return *found[:6], None, None, *found[6:], *rest
         needed = ctx.needs_input_grad
         wanted, want_weight, want_bias = needed[1:6:2], needed[8], needed[9]
-        dy = as_rows(dy)
-        where, dropout = (*tables, *ctx.periods), (p, seeds, offsets, seed, offset)
-        norm: tuple[Tensor | None, ...] = (None,) * 5
+        dx, where, dropout = as_rows(dy), (*tables, *ctx.periods), (p, seeds, offsets, seed, offset)
         dweight = dbias = None
-        if weight is not None:
-            g_mean, dot_mean, dweight, dbias = _norm_backward(
-                dy, *where, weight, mean, rstd, *dropout, want_weight, want_bias, ctx.chosen
-            )
-            norm = (weight, mean, rstd, g_mean, dot_mean)
+        if weight is not None or p:
+            dx, dweight, dbias = _rows_backward(
+                dx, *where, weight, mean, rstd, *dropout, any(wanted), want_weight, want_bias,
+                ctx.chosen,
+            )  # fmt: skip
         grads: list[Tensor | None] = [None] * 6
         turns = zip(tables[::2], (dy.shape[0], *ctx.periods), (ctx.padding, -1, -1), strict=True)
         for which, (ids, period, padding) in enumerate(turns):
             if wanted[which]:
                 keys, order = (None, None) if ids is None else torch.sort(ids, stable=True)
                 grads[2 * which + 1] = _table_backward(
-                    dy, keys, order, period, which, padding, *where, *norm, *dropout, ctx.chosen
+                    dx, keys, order, period, which, padding, *where, ctx.chosen
                 )
         dweight, dbias = dweight if want_weight else None, dbias if want_bias else None
         return *grads, None, None, dweight, dbias, *rest
@@ -276,25 +274,23 @@ _forward = register(
         _statistics(table, 0 if rest[6] is None else ids.shape[0]),
     ),
 )
-_norm_backward = register(
-    f"embed_norm_backward(Tensor dy, {_WHERE}, Tensor norm_weight, Tensor mean, Tensor rstd,"
-    f" {_DROPOUT}, bool want_dweight, bool want_dbias, str backend)"
-    " -> (Tensor g_mean, Tensor dot_mean, Tensor dweight, Tensor dbias)",
+_rows_backward = register(
+    f"embed_rows_backward(Tensor dy, {_WHERE}, Tensor? norm_weight, Tensor mean, Tensor rstd,"
+    f" {_DROPOUT}, bool want_dx, bool want_dweight, bool want_dbias, str backend)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
     BACKENDS,
     fake=lambda dy, *rest: (
-        torch.empty_like(rest[9]),
-        torch.empty_like(rest[9]),
-        rest[8].new_empty(dy.shape[1] if rest[-3] else 0),
-        rest[8].new_empty(dy.shape[1] if rest[-2] else 0),
+        dy.new_empty(dy.shape if rest[-4] else 0, dtype=wide_dtype(dy.dtype)),
+        (dy if rest[8] is None else rest[8]).new_empty(dy.shape[1] if rest[-3] else 0),
+        (dy if rest[8] is None else rest[8]).new_empty(dy.shape[1] if rest[-2] else 0),
     ),
 )
 _table_backward = register(
-    "embed_table_backward(Tensor dy, Tensor? keys, Tensor? order, SymInt period, int which,"
-    f" SymInt padding, {_WHERE}, Tensor? norm_weight, Tensor? mean, Tensor? rstd, Tensor? g_mean,"
-    f" Tensor? dot_mean, {_DROPOUT}, str backend) -> Tensor",
+    "embed_table_backward(Tensor dx, Tensor? keys, Tensor? order, SymInt period, int which,"
+    f" SymInt padding, {_WHERE}, str backend) -> Tensor",
     BACKENDS,
-    fake=lambda dy, keys, order, period, which, padding, *where: dy.new_empty(
-        where[2 * which + 1].shape
+    fake=lambda dx, keys, order, period, which, padding, *where: torch.empty_like(
+        where[2 * which + 1], memory_format=torch.contiguous_format
     ),
 )
 

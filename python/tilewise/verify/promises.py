@@ -106,7 +106,7 @@ PROMISES: Sequence[Promise] = (
     ),
     *(
         Promise(("embed",), kernel, sizes=_aligned("cols"), wide=True)
-        for kernel in ("_forward_kernel", "_norm_backward_kernel", "_table_backward_kernel")
+        for kernel in ("_forward_kernel", "_rows_backward_kernel", "_table_backward_kernel")
     ),
 )  # fmt: skip
 
