@@ -178,9 +178,9 @@ def _run_here(sender: Connection, tree: Path, tests, seconds, objects, cache: Pa
     watch = _Watch(seconds)
     outcome = _outcome(pytest.main([*QUICKLY, *tests], plugins=[watch]), watch)
     signal.alarm(0)
-    if objects is not None and outcome.noticed == PASSED:
-        if _selftest_fails(tree, objects.with_name(f"{objects.name}-sanitized")):
-            outcome = Outcome(SANITIZED, watch.seconds)
+    passed = objects is not None and outcome.noticed == PASSED
+    if passed and _selftest_fails(tree, objects.with_name(f"{objects.name}-sanitized")):
+        outcome = Outcome(SANITIZED, watch.seconds)
     sender.send(outcome)
 
 

@@ -188,11 +188,11 @@ def _walk(chunk, total, dtable_at, parts, dx_at, runs, where, kind, dx_kind, siz
         ends = k + 1 == rows or _key(k + 1, keys_at, repeats) != key
         counts = 0 <= key < table_rows and key != padding
         out = offset(pointer(dtable_at, kind), key * cols)
-        if counts:
-            if id_of(i, token) >= 0 and id_of(i, position) >= 0 and id_of(i, segment) >= 0:
-                dx = offset(pointer(dx_at, dx_kind), i * dx_stride)
-                _collect(out, total, dx, added, ends and not began_before, cols)
-                added += 1
+        there = id_of(i, token) >= 0 and id_of(i, position) >= 0 and id_of(i, segment) >= 0
+        if counts and there:
+            dx = offset(pointer(dx_at, dx_kind), i * dx_stride)
+            _collect(out, total, dx, added, ends and not began_before, cols)
+            added += 1
         if not ends and k + 1 < last:
             continue
         if counts and (began_before or not ends):  # joined later

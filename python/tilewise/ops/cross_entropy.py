@@ -374,6 +374,7 @@ CROSS_ENTROPY = declare(
             {"rows": 67, "classes": 1000, "reduction": "sum", "label_smoothing": 0.1},
             # several blocks, the last one of a single class
             {"rows": 2, "classes": 8193, "softcap": 3.0, "logit_scale": 1.5, "z_loss": 0.01},
+            {"rows": 3, "classes": 4099, "label_smoothing": 0.3, "weighted": True},
         ],
         workloads=[
             {"rows": 1024, "classes": classes, "reduction": "mean"} for classes in (32000, 128256)
