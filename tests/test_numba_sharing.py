@@ -7,7 +7,15 @@ import tilewise  # noqa: F401  (declares the ops)
 from tilewise.check import Result, outputs_and_grads, standard_of
 from tilewise.kernels.numba import _parallel, _stream
 from tilewise.kernels.numba._elements import CHUNK, chunks
-from tilewise.kernels.numba._shared import CACHE_LINE, partial_sums, thread_scratch
+from tilewise.kernels.numba._shared import (
+    CACHE_LINE,
+    PARTIAL_SUMS,
+    ROWS_SUMMED,
+    partial_sums,
+    sum_parts_for,
+    summed,
+    thread_scratch,
+)
 from tilewise.op import OPS
 
 
@@ -19,6 +27,21 @@ def test_partial_sums_lie_on_cache_lines_of_their_own(dtype, cols):
     assert sums.dtype == dtype and len(sums) == 3 and not sums.any()
     assert width * dtype.itemsize % CACHE_LINE == 0
     assert cols <= width < cols + CACHE_LINE // dtype.itemsize
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_partial_sums_are_added_up_in_the_dtype_of_the_weight(dtype, parts):
+    weight = torch.empty(17, dtype=dtype)
+    sums = partial_sums(weight, parts, torch.float32) + 2
+    total = summed(sums, weight)
+    assert total.dtype == dtype and total.tolist() == [2 * parts] * 17
+
+
+def test_chains_of_sums_are_short_unless_rows_are_wide():
+    assert sum_parts_for(ROWS_SUMMED * 1000, 64) == 1000
+    assert sum_parts_for(ROWS_SUMMED * 1000, 1 << 18) == PARTIAL_SUMS >> 18
+    assert sum_parts_for(ROWS_SUMMED * 1000, PARTIAL_SUMS + 1) == 1
 
 
 @pytest.mark.parametrize("elements", [1, 64, 65, 1000])
