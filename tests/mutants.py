@@ -4,7 +4,7 @@
 
 A KERNEL is a file, such as `kernels/triton/softmax.py`; without one, all are broken. Each mutation
 of `mutations.draw` is made in a copy of the tree, and the tests of the ops that use the file run
-there until one fails. Prints what was caught and what survived, and ends with 1 if a mutation
+there until one fails; of a CUDA kernel then the self test under AddressSanitizer. Prints what was caught and what survived, and ends with 1 if a mutation
 survived that `equivalent_mutants.txt` does not explain.
 
 The process of a trial imports this module before anything else, so nothing of tilewise is imported
@@ -23,7 +23,16 @@ from pathlib import Path
 from queue import Queue
 
 from mutations import Mutation, draw
-from trials import PASSED, ROOT, STILLBORN, Outcome, copy_tree, run_tests
+from trials import (
+    PASSED,
+    ROOT,
+    SANITIZED,
+    STILLBORN,
+    Outcome,
+    copy_tree,
+    run_tests,
+    selftest_fails,
+)
 
 EQUIVALENT = Path(__file__).parent / "equivalent_mutants.txt"
 ROOMS = {"triton": "kernels/triton", "numba": "kernels/numba", "cuda": "csrc/cuda"}
@@ -169,7 +178,11 @@ def trials(chosen: list[Kernel], count: int, seed: int, jobs: int) -> Iterator[t
             try:
                 for path, text in changed.items():
                     (tree / path).write_text(text, "utf-8")
-                return run_tests(tree, tests, seconds, objects)
+                outcome = run_tests(tree, tests, seconds, objects)
+                seen = outcome.noticed != PASSED or not changed or backend != "cuda"
+                if not seen and selftest_fails(tree, Path(f"{tree}-sanitized")):
+                    return Outcome(SANITIZED)
+                return outcome
             finally:
                 for path in changed:
                     (tree / path).write_text((ROOT / path).read_text("utf-8"), "utf-8")

@@ -108,6 +108,14 @@ def run_tests(
     return outcome
 
 
+def selftest_fails(tree: Path, objects: Path) -> bool:
+    """Whether the self test of the CUDA kernels in `tree`, compiled in `objects` with
+    AddressSanitizer, finds something."""
+    _make("selftest", tree, objects, {"TILEWISE_SANITIZER": "address"})
+    command = [objects / "selftest", "--orders", "1", "--cols", "4096"]
+    return subprocess.run(command, capture_output=True).returncode != 0
+
+
 # --- The process of one trial.
 
 
@@ -176,12 +184,8 @@ def _run_here(sender: Connection, tree: Path, tests, seconds, objects, cache: Pa
             sender.send(Outcome(STILLBORN))
             return
     watch = _Watch(seconds)
-    outcome = _outcome(pytest.main([*QUICKLY, *tests], plugins=[watch]), watch)
-    signal.alarm(0)
-    passed = objects is not None and outcome.noticed == PASSED
-    if passed and _selftest_fails(tree, objects.with_name(f"{objects.name}-sanitized")):
-        outcome = Outcome(SANITIZED, watch.seconds)
-    sender.send(outcome)
+    status = pytest.main([*QUICKLY, *tests], plugins=[watch])
+    sender.send(_outcome(status, watch))
 
 
 def _compile(tree: Path, objects: Path) -> None:
@@ -202,13 +206,6 @@ def _make(target: str, tree: Path, objects: Path, options: dict[str, object]) ->
     objects.mkdir(exist_ok=True)
     options["TILEWISE_EMULATION"] = "ON"
     toolchain.compile_targets([target], tree, objects, options, objects / "build.log")
-
-
-def _selftest_fails(tree: Path, objects: Path) -> bool:
-    """Whether AddressSanitizer, or the rule, finds something where `tests` saw nothing."""
-    _make("selftest", tree, objects, {"TILEWISE_SANITIZER": "address"})
-    command = [objects / "selftest", "--orders", "1", "--cols", "4096"]
-    return subprocess.run(command).returncode != 0
 
 
 def _outcome(status: int, watch: _Watch) -> Outcome:
