@@ -4,8 +4,9 @@
 
 A KERNEL is a file, such as `kernels/triton/softmax.py`; without one, all are broken. Each mutation
 of `mutations.draw` is made in a copy of the tree, and the tests of the ops that use the file run
-there until one fails; of a CUDA kernel then the self test under AddressSanitizer. Prints what was caught and what survived, and ends with 1 if a mutation
-survived that `equivalent_mutants.txt` does not explain.
+there until one fails; where none does, of a CUDA kernel the self test under AddressSanitizer runs
+too. Prints what was caught and what survived, and ends with 1 if a mutation survived that
+`equivalent_mutants.txt` does not explain.
 
 The process of a trial imports this module before anything else, so nothing of tilewise is imported
 at its head: the trial would try that and not its own copy.
