@@ -320,7 +320,8 @@ cudaError_t embed_table_backward(
                     chunk_rows, chunks, table_rows, padding};
     const bool wide = can_vectorise<kVector<T>>(addresses(dtable, parts, dx), cols, dx_stride);
     const int width = wide ? kVector<T> : 1;
-    const auto kernel = wide ? table_backward_kernel<kVector<T>, T, D> : table_backward_kernel<1, T, D>;
+    const auto kernel =
+        wide ? table_backward_kernel<kVector<T>, T, D> : table_backward_kernel<1, T, D>;
     const int64_t warps = (cols + width * kWarpSize - 1) / (width * kWarpSize);
     const int64_t threads = std::min<int64_t>(warps, kWalkWarps) * kWarpSize;
     int64_t across = (cols + threads * width - 1) / (threads * width);

@@ -7,15 +7,6 @@ namespace {
 constexpr int kForwardHeld = 8;   // of x
 constexpr int kBackwardHeld = 4;  // of y, and of dy
 
-// For a T of 16 bits a few units of float32 in the last place are nothing, and a third of the
-// instructions of expf leaves memory as what bounds these kernels.
-template <typename T>
-__device__ float exponential(float x) {
-  constexpr float kLog2E = 1.44269504f;
-  if constexpr (sizeof(T) < sizeof(float)) return exp2_approximate(x * kLog2E);
-  return expf(x);
-}
-
 template <typename T>
 struct SoftmaxForward {
   T* y;

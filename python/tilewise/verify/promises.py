@@ -96,6 +96,7 @@ PROMISES: Sequence[Promise] = (
         )
     ),
     Promise(_ROWS, "*, true>", "cuda", wide=True),  # rows that are whole 16-byte accesses
+    Promise(("cross_entropy",), "*, true>", "cuda", wide=True, narrow=1),  # the true class
     *(
         Promise((op,), f"*<{first},*", "cuda", dtypes=frozenset({dtype}), wide=True)
         for dtype, width in (("bfloat16", 8), ("float16", 8), ("float32", 4))
