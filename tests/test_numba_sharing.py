@@ -83,7 +83,9 @@ STREAMING = [
     ("dropout_add", ROWS | {"residual": "wide"}),
     ("dropout_add", ROWS | {"p": 0.0}),
     ("embed", {"batch": 1, "seq": 5, "vocab": 3, "cols": 160, "norm": "like x"}),
+    ("embed", {"batch": 1, "seq": 5, "vocab": 3, "cols": 160, "norm": "like x", "dropout": 0.2}),
     ("rotary", {"batch": 2, "heads": 3, "seq": 5, "dim": 128}),
+    ("qk_norm_rotary", {"batch": 2, "heads": 3, "seq": 5, "dim": 128}),
 ]
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from tilewise.kernels.numba._parallel import Kernel
+from tilewise.kernels.numba._parallel import Kernel, callee
 from tilewise.kernels.numba._rotation import PAST, inline, layout, places, position_of
 from tilewise.kernels.numba._shared import partial_sums, parts_for, sum_parts_for, summed
 from tilewise.kernels.numba._simd import (
@@ -18,20 +18,29 @@ from tilewise.kernels.numba._simd import (
     reciprocal_root,
     store,
 )
+from tilewise.kernels.numba._stream import LINE, finish_writes, loop_of, streamed, sums_of
 
 NAN = math.nan  # the angle of a position that the tables do not have
 
 
+def _turned(u, v, u_weight, v_weight, cos, sin, r, shift):
+    u, v = u * r * (u_weight + shift), v * r * (v_weight + shift)
+    return u * cos - v * sin, v * cos + u * sin
+
+
+_turn_halves = loop_of(_turned)
+_scale = loop_of(lambda x, weight, r, shift: (x * r * (weight + shift),))
+_sum_squares = sums_of(lambda x: (x * x,), 1)
+
+
 @inline
-def _turn(y, x, weight, cos, sin, r, shift, poison, half, step, gap):
-    """Pairs (j * step, j * step + gap), constants where it is inlined."""
+def _turn_pairs(y, x, weight, cos, sin, r, shift, half):
     for j in range(half):
-        c, s = real(y, load(cos, j)) * poison, real(y, load(sin, j)) * poison
-        i, k = j * step, j * step + gap
-        u = load(x, i) * r * (real(y, load(weight, i)) + shift)
-        v = load(x, k) * r * (real(y, load(weight, k)) + shift)
-        store(y, i, u * c - v * s)
-        store(y, k, v * c + u * s)
+        c, s = real(y, load(cos, j)), real(y, load(sin, j))
+        u = load(x, 2 * j) * r * (real(y, load(weight, 2 * j)) + shift)
+        v = load(x, 2 * j + 1) * r * (real(y, load(weight, 2 * j + 1)) + shift)
+        store(y, 2 * j, u * c - v * s)
+        store(y, 2 * j + 1, v * c + u * s)
 
 
 @Kernel
@@ -39,6 +48,7 @@ def _forward(
     part, q_side, k_side, cos_at, sin_at, place,
     kind, wide, weight_kind, table_kind,
     dim, half, positions, cos_stride, sin_stride, parts, interleaved, eps, weight_offset,
+    past_caches,
 ):  # fmt: skip
     shift = real(kind, weight_offset)
     for turn in range(2):
@@ -46,53 +56,90 @@ def _forward(
         y_at, x_at, rows, outer, inner, seq_is_inner = side[:6]
         y_batch, y_outer, y_inner, x_batch, x_outer, x_inner = side[6:12]
         weight, rstd = pointer(side[12], weight_kind), pointer(side[13], wide)
-        for row in range(part * rows // parts, (part + 1) * rows // parts):
-            line, i = row // inner, row % inner
+        row, end = part * rows // parts, (part + 1) * rows // parts
+        while row < end:  # a line: rows with the same batch and outer index
+            line, first = row // inner, row % inner
             b, o = line // outer, line % outer
-            x = offset(pointer(x_at, kind), b * x_batch + o * x_outer + i * x_inner)
-            y = offset(pointer(y_at, kind), b * y_batch + o * y_outer + i * y_inner)
-            at = row if seq_is_inner else (b * inner + i) * outer + o
-            position = position_of(b, i if seq_is_inner else o, place)
-            if position == PAST:
-                store(rstd, at, real(kind, 0))
-                for j in range(dim):
-                    store(y, j, real(kind, 0))
-                continue
+            count = min(inner - first, end - row)
+            row += count
+            for i in range(first, first + count):
+                x = offset(pointer(x_at, kind), b * x_batch + o * x_outer + i * x_inner)
+                y = offset(pointer(y_at, kind), b * y_batch + o * y_outer + i * y_inner)
+                at = line * inner + i if seq_is_inner else (b * inner + i) * outer + o
+                position = position_of(b, i if seq_is_inner else o, place)
+                if position == PAST:
+                    store(rstd, at, real(kind, 0))
+                    for j in range(dim):
+                        store(y, j, real(kind, 0))
+                    continue
 
-            square_sum = real(kind, 0)
-            for j in range(dim):
-                square_sum += load(x, j) * load(x, j)
-            r = reciprocal_root(square_sum / real(kind, dim) + real(kind, eps))
-            store(rstd, at, r)
+                (square_sum,) = _sum_squares((), (x,), (), dim)
+                r = reciprocal_root(square_sum / real(kind, dim) + real(kind, eps))
+                store(rstd, at, r)
 
-            is_known = position >= 0 and position < positions
-            poison = real(kind, 1.0 if is_known else NAN)
-            place_in_table = position if is_known else 0
-            cos = offset(pointer(cos_at, table_kind), place_in_table * cos_stride)
-            sin = offset(pointer(sin_at, table_kind), place_in_table * sin_stride)
-            if interleaved:
-                _turn(y, x, weight, cos, sin, r, shift, poison, half, 2, 1)
-            else:
-                _turn(y, x, weight, cos, sin, r, shift, poison, half, 1, half)
-            for j in range(2 * half, dim):
-                store(y, j, load(x, j) * r * (real(kind, load(weight, j)) + shift))
+                is_known = position >= 0 and position < positions
+                place_in_table = position if is_known else 0
+                cos = offset(pointer(cos_at, table_kind), place_in_table * cos_stride)
+                sin = offset(pointer(sin_at, table_kind), place_in_table * sin_stride)
+                turning = r if is_known else real(kind, NAN)
+                if interleaved:
+                    _turn_pairs(y, x, weight, cos, sin, turning, shift, half)
+                else:
+                    outs = y, offset(y, half)
+                    ins = x, offset(x, half), weight, offset(weight, half), cos, sin
+                    _turn_halves(outs, ins, (turning, shift), half, past_caches)
+                if 2 * half < dim:
+                    rest = offset(x, 2 * half), offset(weight, 2 * half)
+                    _scale((offset(y, 2 * half),), rest, (r, shift), dim - 2 * half, False)
+    if past_caches:
+        finish_writes()
+
+
+# --- Backward: the sum of g * xhat, with g = weight * the gradient turned back, and those of the
+# weight; then dx = rstd * (g - xhat * mean(g * xhat)).
+
+
+def _summed_back(du, dv, u, v, u_weight, v_weight, cos, sin, u_sum, v_sum, r, shift):
+    gu, gv = (du * cos + dv * sin) * (u * r), (dv * cos - du * sin) * (v * r)
+    dot = gu * (u_weight + shift) + gv * (v_weight + shift)
+    return None if u_sum is None else u_sum + gu, None if v_sum is None else v_sum + gv, dot
+
+
+def _turned_back(du, dv, u, v, u_weight, v_weight, cos, sin, r, mean, shift):
+    gu, gv = (du * cos + dv * sin) * (u_weight + shift), (dv * cos - du * sin) * (v_weight + shift)
+    return r * (gu - u * r * mean), r * (gv - v * r * mean)
+
+
+def _summed(dy, x, weight, sum, r, shift):
+    g = dy * (x * r)
+    return None if sum is None else sum + g, g * (weight + shift)
+
+
+_sum_halves_back = sums_of(_summed_back, 1)
+_turn_halves_back = loop_of(_turned_back)
+_sum_rest = sums_of(_summed, 1)
+_scale_back = loop_of(
+    lambda dy, x, weight, r, mean, shift: (r * (dy * (weight + shift) - x * r * mean),)
+)
 
 
 @inline
-def _sum_back(dweight, dy, x, weight, cos, sin, r, shift, poison, half, step, gap, summing):
-    """The sum of g * xhat over pairs, with g the gradient turned back; and that of the weight."""
+def _sum_pairs_back(dweight, dy, x, weight, cos, sin, r, shift, half, summing):
     dot = real(x, 0)
     for j in range(half):
-        c, s = real(x, load(cos, j)) * poison, real(x, load(sin, j)) * poison
-        i, k = j * step, j * step + gap
-        du, dv = load(dy, i), load(dy, k)
-        gu, gv = (du * c + dv * s) * (load(x, i) * r), (dv * c - du * s) * (load(x, k) * r)
-        dot += gu * (real(x, load(weight, i)) + shift) + gv * (real(x, load(weight, k)) + shift)
+        c, s = real(x, load(cos, j)), real(x, load(sin, j))
+        du, dv = load(dy, 2 * j), load(dy, 2 * j + 1)
+        gu, gv = (
+            (du * c + dv * s) * (load(x, 2 * j) * r),
+            (dv * c - du * s) * (load(x, 2 * j + 1) * r),
+        )
+        dot += gu * (real(x, load(weight, 2 * j)) + shift)
+        dot += gv * (real(x, load(weight, 2 * j + 1)) + shift)
     # A loop of its own: LLVM has two orders for a sum beside which something is written, and where
     # that lies decides.
     for j in range(half if summing else 0):
-        c, s = real(x, load(cos, j)) * poison, real(x, load(sin, j)) * poison
-        i, k = j * step, j * step + gap
+        c, s = real(x, load(cos, j)), real(x, load(sin, j))
+        i, k = 2 * j, 2 * j + 1
         du, dv = load(dy, i), load(dy, k)
         store(dweight, i, load(dweight, i) + (du * c + dv * s) * (load(x, i) * r))
         store(dweight, k, load(dweight, k) + (dv * c - du * s) * (load(x, k) * r))
@@ -100,10 +147,10 @@ def _sum_back(dweight, dy, x, weight, cos, sin, r, shift, poison, half, step, ga
 
 
 @inline
-def _turn_back(dx, dy, x, weight, cos, sin, r, shift, poison, mean, half, step, gap):
+def _turn_pairs_back(dx, dy, x, weight, cos, sin, r, shift, mean, half):
     for j in range(half):
-        c, s = real(x, load(cos, j)) * poison, real(x, load(sin, j)) * poison
-        i, k = j * step, j * step + gap
+        c, s = real(x, load(cos, j)), real(x, load(sin, j))
+        i, k = 2 * j, 2 * j + 1
         du, dv = load(dy, i), load(dy, k)
         gu = (du * c + dv * s) * (real(x, load(weight, i)) + shift)
         gv = (dv * c - du * s) * (real(x, load(weight, k)) + shift)
@@ -111,13 +158,38 @@ def _turn_back(dx, dy, x, weight, cos, sin, r, shift, poison, mean, half, step, 
         store(dx, k, r * (gv - load(x, k) * r * mean))
 
 
+@callee
+def _sum_back(dweight, dy, x, weight, cos, sin, r, turning, shift, half, dim, summing, interleaved):
+    """The sum of g * xhat over a row; adds to those of the weight where they are wanted."""
+    second, rest = offset(dweight, half), offset(dweight, 2 * half)
+    if interleaved:
+        dot = _sum_pairs_back(dweight, dy, x, weight, cos, sin, turning, shift, half, summing)
+    else:
+        pairs = (
+            dy, offset(dy, half), x, offset(x, half), weight, offset(weight, half), cos, sin,
+        )  # fmt: skip
+        if summing:
+            ins = (*pairs, dweight, second)
+            (dot,) = _sum_halves_back((dweight, second), ins, (turning, shift), half)
+        else:
+            (dot,) = _sum_halves_back((None, None), (*pairs, None, None), (turning, shift), half)
+    if 2 * half < dim:
+        row = offset(dy, 2 * half), offset(x, 2 * half), offset(weight, 2 * half)
+        if summing:
+            (more,) = _sum_rest((rest,), (*row, rest), (r, shift), dim - 2 * half)
+        else:
+            (more,) = _sum_rest((None,), (*row, None), (r, shift), dim - 2 * half)
+        dot += more
+    return dot
+
+
 @Kernel
 def _backward(
     part, q_side, k_side, cos_at, sin_at, place,
     kind, wide, weight_kind, table_kind,
     dim, half, positions, cos_stride, sin_stride, sum_stride, parts, interleaved, weight_offset,
+    past_caches,
 ):  # fmt: skip
-    # dx = rstd * (g - xhat * mean(g * xhat)), with g = weight * the gradient turned back
     shift = real(kind, weight_offset)
     for turn in range(2):
         side = q_side if turn == 0 else k_side
@@ -127,48 +199,55 @@ def _backward(
         weight, rstd = pointer(side[16], weight_kind), pointer(side[17], wide)
         writing, summing = side[19] != 0, side[18] != 0
         dweight = offset(pointer(side[18], wide), part * sum_stride)
-        for row in range(part * rows // parts, (part + 1) * rows // parts):
-            line, i = row // inner, row % inner
+        row, end = part * rows // parts, (part + 1) * rows // parts
+        while row < end:
+            line, first = row // inner, row % inner
             b, o = line // outer, line % outer
-            x = offset(pointer(x_at, kind), b * x_batch + o * x_outer + i * x_inner)
-            dy = offset(pointer(dy_at, kind), b * dy_batch + o * dy_outer + i * dy_inner)
-            dx = offset(pointer(dx_at, kind), b * dx_batch + o * dx_outer + i * dx_inner)
-            position = position_of(b, i if seq_is_inner else o, place)
-            if position == PAST:
-                for j in range(dim if writing else 0):
-                    store(dx, j, real(kind, 0))
-                continue
+            count = min(inner - first, end - row)
+            row += count
+            for i in range(first, first + count):
+                x = offset(pointer(x_at, kind), b * x_batch + o * x_outer + i * x_inner)
+                dy = offset(pointer(dy_at, kind), b * dy_batch + o * dy_outer + i * dy_inner)
+                dx = offset(pointer(dx_at, kind), b * dx_batch + o * dx_outer + i * dx_inner)
+                position = position_of(b, i if seq_is_inner else o, place)
+                if position == PAST:
+                    for j in range(dim if writing else 0):
+                        store(dx, j, real(kind, 0))
+                    continue
 
-            r = load(rstd, row if seq_is_inner else (b * inner + i) * outer + o)
-            is_known = position >= 0 and position < positions
-            poison = real(kind, 1.0 if is_known else NAN)
-            place_in_table = position if is_known else 0
-            cos = offset(pointer(cos_at, table_kind), place_in_table * cos_stride)
-            sin = offset(pointer(sin_at, table_kind), place_in_table * sin_stride)
-            if interleaved:
+                at = line * inner + i if seq_is_inner else (b * inner + i) * outer + o
+                r = load(rstd, at)
+                is_known = position >= 0 and position < positions
+                place_in_table = position if is_known else 0
+                cos = offset(pointer(cos_at, table_kind), place_in_table * cos_stride)
+                sin = offset(pointer(sin_at, table_kind), place_in_table * sin_stride)
+                turning = r if is_known else real(kind, NAN)
                 dot = _sum_back(
-                    dweight, dy, x, weight, cos, sin, r, shift, poison, half, 2, 1, summing
-                )
-            else:
-                dot = _sum_back(
-                    dweight, dy, x, weight, cos, sin, r, shift, poison, half, 1, half, summing
-                )
-            for j in range(2 * half, dim):
-                g = load(dy, j) * (load(x, j) * r)
-                dot += g * (real(kind, load(weight, j)) + shift)
-            for j in range(2 * half, dim if summing else 0):
-                store(dweight, j, load(dweight, j) + load(dy, j) * (load(x, j) * r))
-            if not writing:
-                continue
+                    dweight, dy, x, weight, cos, sin, r, turning, shift, half, dim, summing,
+                    interleaved,
+                )  # fmt: skip
+                if not writing:
+                    continue
 
-            mean = dot / real(kind, dim)
-            if interleaved:
-                _turn_back(dx, dy, x, weight, cos, sin, r, shift, poison, mean, half, 2, 1)
-            else:
-                _turn_back(dx, dy, x, weight, cos, sin, r, shift, poison, mean, half, 1, half)
-            for j in range(2 * half, dim):
-                g = load(dy, j) * (real(kind, load(weight, j)) + shift)
-                store(dx, j, r * (g - load(x, j) * r * mean))
+                mean = dot / real(kind, dim)  # NaN where the position is not known
+                if interleaved:
+                    _turn_pairs_back(dx, dy, x, weight, cos, sin, r, shift, mean, half)
+                else:
+                    ins = (
+                        dy, offset(dy, half), x, offset(x, half), weight, offset(weight, half),
+                        cos, sin,
+                    )  # fmt: skip
+                    outs = dx, offset(dx, half)
+                    _turn_halves_back(outs, ins, (r, mean, shift), half, past_caches)
+                if 2 * half < dim:
+                    ins = offset(dy, 2 * half), offset(x, 2 * half), offset(weight, 2 * half)
+                    rest = (offset(dx, 2 * half),)
+                    _scale_back(rest, ins, (r, mean, shift), dim - 2 * half, False)
+    if past_caches:
+        finish_writes()
+
+
+# --- Launches.
 
 
 def qk_norm_rotary_forward(
@@ -191,6 +270,7 @@ def qk_norm_rotary_forward(
         places(position_ids, cu_seqlens, offset),
         kind(q), kind(rstd[0]), kind(q_weight), kind(cos), q.shape[3], cos.shape[1], cos.shape[0],
         cos.stride(0), sin.stride(0), parts, interleaved, eps, weight_offset,
+        cos.shape[1] * q.itemsize % LINE == 0 and streamed(*turned),
     )  # fmt: skip
     return *turned, *rstd
 
@@ -223,6 +303,8 @@ def qk_norm_rotary_backward(
         kind(q), kind(q_rstd), kind(q_weight), kind(cos), q.shape[3], cos.shape[1], cos.shape[0],
         cos.stride(0), sin.stride(0), max(0 if s is None else s.shape[1] for s in sums), parts,
         interleaved, weight_offset,
+        cos.shape[1] * q.itemsize % LINE == 0
+        and streamed(*(dx for dx, want in zip(grads, (want_dq, want_dk), strict=True) if want)),
     )  # fmt: skip
     dweights = (
         weight.new_empty(0) if s is None else summed(s, weight)

@@ -372,9 +372,8 @@ CROSS_ENTROPY = declare(
             {"rows": 5, "classes": 130, "ignored": 1, "label_smoothing": 0.2, "weighted": True},
             {"rows": 300, "classes": 33, "ignored": 40, "reduction": "mean", "weighted": True},
             {"rows": 67, "classes": 1000, "reduction": "sum", "label_smoothing": 0.1},
-            # several blocks, the last one of a single class
+            {"rows": 3, "classes": 4099, "label_smoothing": 0.3, "weighted": True},  # some blocks
             {"rows": 2, "classes": 8193, "softcap": 3.0, "logit_scale": 1.5, "z_loss": 0.01},
-            {"rows": 3, "classes": 4099, "label_smoothing": 0.3, "weighted": True},
         ],
         workloads=[
             {"rows": 1024, "classes": classes, "reduction": "mean"} for classes in (32000, 128256)
