@@ -14,6 +14,7 @@ at its head: the trial would try that and not its own copy.
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -70,11 +71,17 @@ def asked(backend: str, ops: Sequence[str], path: str = "") -> list[str]:
     properties = sorted((ROOT / "tests/properties").glob("test_*.py"))
     wanted = [f"{op}-{backend}" for op in ops]
     own = [f for f in properties if any(f.stem.startswith(f"test_{word}") for word in words)]
-    module = path.removesuffix(".py").replace("/", ".")
-    line = f"tilewise.{module} import"
-    direct = [f for f in (ROOT / "tests").glob("test_*.py") if line in f.read_text("utf-8")]
+    room, _, name = path.removesuffix(".py").replace("/", ".").rpartition(".")
+    imported = re.compile(rf"from tilewise\.{room}(\.{name} import| import .*\b{name}\b)")
+    direct = [
+        f for f in (ROOT / "tests").glob("test_*.py") if imported.search(f.read_text("utf-8"))
+    ]
     wanted += [f"({f.name} and {backend})" for f in (*own, *direct)]
-    files = ["tests/test_ops.py", "tests/test_transforms.py", *properties, *sorted(direct)]
+    sharing = ROOT / f"tests/test_{backend}_sharing.py"  # which has cases of every op
+    if sharing.is_file():
+        wanted += [f"({sharing.name} and {op})" for op in ops]
+        direct.append(sharing)
+    files = ["tests/test_ops.py", "tests/test_transforms.py", *properties, *sorted({*direct})]
     return [*(str(f).removeprefix(f"{ROOT}/") for f in files), "-k", " or ".join(wanted)]
 
 

@@ -132,10 +132,12 @@ def test_what_pytest_is_asked_to_run():
     assert {"tests/test_ops.py", "tests/test_rng.py", "tests/properties/test_embed.py"} <= files
     expression = mutants.asked("triton", ["embed"], path)[-1]
     assert wanted in expression and "(test_rng.py and triton)" in expression
-    assert (
-        "(test_cross_entropy_options.py and numba)"
-        in (mutants.asked("numba", ["cross_entropy_with_lse"])[-1])
-    )
+    expression = mutants.asked("numba", ["cross_entropy_with_lse"])[-1]
+    assert "(test_cross_entropy_options.py and numba)" in expression
+    assert "(test_numba_sharing.py and cross_entropy_with_lse)" in expression
+    *files, _, expression = mutants.asked("numba", ["softmax"], "kernels/numba/_stream.py")
+    assert files.count("tests/test_numba_sharing.py") == 1
+    assert "(test_numba_sharing.py and numba)" in expression
 
 
 ENDS = {

@@ -36,6 +36,7 @@ LEFT_OUT = {"test_registered_properly", "test_compiled_graphs_contain_our_ops",
 QUICKLY = ["-x", "-q", "-m", "not slow", "--tb=short", "-p", "no:unraisableexception",
            "-o", "addopts="]  # fmt: skip
 FIRST = "test_matches_reference"  # it sees the most
+SHARING = "tests/test_numba_sharing.py"
 LIMIT = 600  # seconds for a test of which nothing is known
 SLACK = 30  # seconds beside ten times what it took unbroken: more is a hang
 # What a compiler refuses was never a kernel: it is counted apart.
@@ -157,7 +158,7 @@ def _rank(item: pytest.Item, cost: Mapping[str, float]) -> tuple:
 
     Both are for Numba, which compiles for each anew.
     """
-    direct = not item.nodeid.startswith(("tests/test_ops.py", "tests/properties/"))
+    direct = not item.nodeid.startswith(("tests/test_ops.py", "tests/properties/", SHARING))
     after = 0 if direct else 1 if item.originalname == FIRST else 2
     given = item.callspec.params if hasattr(item, "callspec") else {}
     dtype = str(given.get("dtype", "float32"))

@@ -377,3 +377,13 @@ def test_wrong_options_are_refused(name, error, message, call):
 def test_wrong_sums_are_refused(name, error, message, residual, options):
     with pytest.raises(error, match=f"{name}: {message}"):
         getattr(tilewise, name)(X, residual, **options)
+
+
+@pytest.mark.parametrize("op, backend", PLAIN)
+def test_fp32_weights_beside_fp64_are_what_they_are_in_fp64(op, backend):
+    case_or_skip(op, backend)
+    if torch.float64 not in op.backends[backend].dtypes:
+        pytest.skip(f"{backend} takes no float64")
+    x = torch.randn(3, COLS, dtype=torch.float64, device=DEVICE)
+    mixed = op.call(x, WEIGHT, BIAS, backend=backend)
+    assert torch.equal(mixed, op.call(x, WEIGHT.double(), BIAS.double(), backend=backend))
