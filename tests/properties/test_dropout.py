@@ -6,6 +6,7 @@ import torch
 from cases import BACKENDS, DEVICE, case_or_skip
 
 from tilewise.check import outputs_and_grads
+from tilewise.rng import WORDS, philox_words
 
 ROWS = 6
 PROBABILITY = {
@@ -33,3 +34,17 @@ def test_seed_and_offset(op, backend, seed, offset):
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b)
     assert all(torch.equal(a == 0, b == 0) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("op, backend", MINE)
+def test_a_word_that_is_the_threshold_is_kept(op, backend):
+    size = SIZES.get(op.name, {"rows": ROWS, "cols": 130})
+    call, _, tensors = case_or_skip(op, backend, size=size)
+    word = philox_words(7, 0, 0, 1).item()
+    for p, dropped in ((word / WORDS, False), ((word + 1) / WORDS, True)):
+        options = {PROBABILITY[op.name]: p, "seed": 7}
+        expected = outputs_and_grads(op, call, tensors, options | {"backend": "reference"})[0]
+        ours = outputs_and_grads(op, call, tensors, options)[0]
+        assert torch.equal(ours == 0, expected == 0)
+        if op.name == "embed":  # of which nothing else is 0 or added
+            assert (ours.flatten()[0] == 0) == dropped
