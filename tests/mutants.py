@@ -29,6 +29,7 @@ from trials import (
     PASSED,
     ROOT,
     SANITIZED,
+    SHARING,
     STILLBORN,
     Outcome,
     copy_tree,
@@ -77,10 +78,9 @@ def asked(backend: str, ops: Sequence[str], path: str = "") -> list[str]:
         f for f in (ROOT / "tests").glob("test_*.py") if imported.search(f.read_text("utf-8"))
     ]
     wanted += [f"({f.name} and {backend})" for f in (*own, *direct)]
-    sharing = ROOT / f"tests/test_{backend}_sharing.py"  # which has cases of every op
-    if sharing.is_file():
-        wanted += [f"({sharing.name} and {op})" for op in ops]
-        direct.append(sharing)
+    if backend == "numba":
+        direct.append(ROOT / SHARING)  # which has cases of every op
+        wanted += [f"({direct[-1].name} and {op})" for op in ops]
     files = ["tests/test_ops.py", "tests/test_transforms.py", *properties, *sorted({*direct})]
     return [*(str(f).removeprefix(f"{ROOT}/") for f in files), "-k", " or ".join(wanted)]
 

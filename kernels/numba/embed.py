@@ -313,8 +313,7 @@ def embed_table_backward(
     _table_backward(
         torch.get_num_threads(), 2 * dx.numel(), address(dtable), address(parts), address(dx),
         address(counter), address(scratch), runs, where_of(*tables), kind(dtable), kind(dx),
-        kind(parts),
-        (rows, cols, dx.stride(0), chunk_rows), chunks, stride,
+        kind(parts), (rows, cols, dx.stride(0), chunk_rows), chunks, stride,
     )  # fmt: skip
     _join(
         chunks, parts.numel(), address(dtable), address(parts), runs, kind(dtable), kind(parts),

@@ -28,7 +28,7 @@ def _turned(u, v, u_weight, v_weight, cos, sin, r, shift):
     return u * cos - v * sin, v * cos + u * sin
 
 
-_turn_halves = loop_of(_turned)
+_turn_pair, _turn_halves = inline(_turned), loop_of(_turned)
 _scale = loop_of(lambda x, weight, r, shift: (x * r * (weight + shift),))
 _sum_squares = sums_of(lambda x: (x * x,), 1)
 
@@ -36,11 +36,12 @@ _sum_squares = sums_of(lambda x: (x * x,), 1)
 @inline
 def _turn_pairs(y, x, weight, cos, sin, r, shift, half):
     for j in range(half):
+        i, k = 2 * j, 2 * j + 1
+        u_weight, v_weight = real(y, load(weight, i)), real(y, load(weight, k))
         c, s = real(y, load(cos, j)), real(y, load(sin, j))
-        u = load(x, 2 * j) * r * (real(y, load(weight, 2 * j)) + shift)
-        v = load(x, 2 * j + 1) * r * (real(y, load(weight, 2 * j + 1)) + shift)
-        store(y, 2 * j, u * c - v * s)
-        store(y, 2 * j + 1, v * c + u * s)
+        u, v = _turn_pair(load(x, i), load(x, k), u_weight, v_weight, c, s, r, shift)
+        store(y, i, u)
+        store(y, k, v)
 
 
 @Kernel
@@ -116,7 +117,7 @@ def _summed(dy, x, weight, sum, r, shift):
 
 
 _sum_halves_back = sums_of(_summed_back, 1)
-_turn_halves_back = loop_of(_turned_back)
+_turn_pair_back, _turn_halves_back = inline(_turned_back), loop_of(_turned_back)
 _sum_rest = sums_of(_summed, 1)
 _scale_back = loop_of(
     lambda dy, x, weight, r, mean, shift: (r * (dy * (weight + shift) - x * r * mean),)
@@ -128,13 +129,10 @@ def _sum_pairs_back(dweight, dy, x, weight, cos, sin, r, shift, half, summing):
     dot = real(x, 0)
     for j in range(half):
         c, s = real(x, load(cos, j)), real(x, load(sin, j))
-        du, dv = load(dy, 2 * j), load(dy, 2 * j + 1)
-        gu, gv = (
-            (du * c + dv * s) * (load(x, 2 * j) * r),
-            (dv * c - du * s) * (load(x, 2 * j + 1) * r),
-        )
-        dot += gu * (real(x, load(weight, 2 * j)) + shift)
-        dot += gv * (real(x, load(weight, 2 * j + 1)) + shift)
+        i, k = 2 * j, 2 * j + 1
+        du, dv = load(dy, i), load(dy, k)
+        gu, gv = (du * c + dv * s) * (load(x, i) * r), (dv * c - du * s) * (load(x, k) * r)
+        dot += gu * (real(x, load(weight, i)) + shift) + gv * (real(x, load(weight, k)) + shift)
     # A loop of its own: LLVM has two orders for a sum beside which something is written, and where
     # that lies decides.
     for j in range(half if summing else 0):
@@ -149,13 +147,13 @@ def _sum_pairs_back(dweight, dy, x, weight, cos, sin, r, shift, half, summing):
 @inline
 def _turn_pairs_back(dx, dy, x, weight, cos, sin, r, shift, mean, half):
     for j in range(half):
-        c, s = real(x, load(cos, j)), real(x, load(sin, j))
         i, k = 2 * j, 2 * j + 1
-        du, dv = load(dy, i), load(dy, k)
-        gu = (du * c + dv * s) * (real(x, load(weight, i)) + shift)
-        gv = (dv * c - du * s) * (real(x, load(weight, k)) + shift)
-        store(dx, i, r * (gu - load(x, i) * r * mean))
-        store(dx, k, r * (gv - load(x, k) * r * mean))
+        du, dv, u, v = load(dy, i), load(dy, k), load(x, i), load(x, k)
+        u_weight, v_weight = real(x, load(weight, i)), real(x, load(weight, k))
+        c, s = real(x, load(cos, j)), real(x, load(sin, j))
+        u, v = _turn_pair_back(du, dv, u, v, u_weight, v_weight, c, s, r, mean, shift)
+        store(dx, i, u)
+        store(dx, k, v)
 
 
 @callee

@@ -329,7 +329,7 @@ def embed_rows_backward(dy: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]
     dx = dy.new_empty((rows, cols) if want_dx else 0, dtype=torch.float32)
     sums = any(wanted)
     count = min(rows, MAX_PARTS) if sums else rows
-    parts = [dy.new_empty(count if sums else 0, cols, dtype=torch.float32) for _ in range(2)]
+    parts = [dy.new_empty(count, cols, dtype=torch.float32) if sums else None for _ in wanted]
     numbers, options = draw(*dropout)
     given = dy, *where_of(*tables), *norm, *numbers
     wide = cols > WIDEST_BLOCK
@@ -338,7 +338,7 @@ def embed_rows_backward(dy: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]
     if not wide or sums:
         block = WIDE_ROW if wide else _row(cols)
         _rows_backward_kernel[(count, triton.cdiv(cols, block["BLOCK"]))](
-            dx if want_dx and not wide else None, *(parts if sums else (None, None)), *given,
+            dx if want_dx and not wide else None, *parts, *given,
             rows, cols, dy.stride(0), SUMS=sums, **options, **block,
         )  # fmt: skip
     like = dy if norm[0] is None else norm[0]

@@ -45,6 +45,6 @@ def test_a_word_that_is_the_threshold_is_kept(op, backend):
         options = {PROBABILITY[op.name]: p, "seed": 7}
         expected = outputs_and_grads(op, call, tensors, options | {"backend": "reference"})[0]
         ours = outputs_and_grads(op, call, tensors, options)[0]
-        assert torch.equal(ours == 0, expected == 0)
+        torch.testing.assert_close(ours, expected)
         if op.name == "embed":  # of which nothing else is 0 or added
             assert (ours.flatten()[0] == 0) == dropped
