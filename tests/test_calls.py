@@ -36,8 +36,9 @@ class Watched(torch.Tensor):
 
 
 def test_the_dispatcher_is_not_asked(monkeypatch):
-    def refuse(*args):
-        raise AssertionError("the dispatcher was asked")
+    def refuse(op, *args, **options):
+        assert op.namespace != "tilewise", "the dispatcher was asked"
+        return op._op(*args, **options)
 
     expected = call()
     forward = torch.ops.tilewise.rms_norm_forward.default

@@ -34,6 +34,7 @@ FLOORS = [
     {"rotation"},
     {"lookup"},
     {"choice"},
+    {"plan"},
     {"norm"},
     {"ops"},
     {"functional", "nn"},

@@ -24,7 +24,7 @@ from tilewise.kernels.numba._logit_blocks import (
     weighted_total,
 )
 from tilewise.kernels.numba._parallel import Kernel, callee
-from tilewise.kernels.numba._shared import parts_for
+from tilewise.kernels.numba._shared import parts_for, wide_dtype
 from tilewise.kernels.numba._simd import (
     address,
     exp,
@@ -231,7 +231,7 @@ Numbers = tuple[int, float, float, float, float]
 
 
 def _wide(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
+    return wide_dtype(logits.dtype)
 
 
 def row_losses(

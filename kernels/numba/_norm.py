@@ -18,7 +18,13 @@ from tilewise.kernels.numba._norm_rows import (
     write_row,
 )
 from tilewise.kernels.numba._parallel import SERIAL_BELOW, Kernel, callee
-from tilewise.kernels.numba._shared import partial_sums, parts_for, sum_parts_for, summed
+from tilewise.kernels.numba._shared import (
+    partial_sums,
+    parts_for,
+    sum_parts_for,
+    summed,
+    wide_dtype,
+)
 from tilewise.kernels.numba._simd import (
     address,
     kind,
@@ -199,7 +205,7 @@ def normalise(
     rows = x.numel() // cols
     y = torch.empty_like(x, memory_format=CONTIGUOUS)
     total = None if residual is None else torch.empty_like(residual, memory_format=CONTIGUOUS)
-    rstd = x.new_empty(rows, dtype=torch.promote_types(x.dtype, torch.float32))
+    rstd = x.new_empty(rows, dtype=wide_dtype(x.dtype))
     mean = torch.empty_like(rstd) if centred else None
     parts = parts_for(rows)
     llama = 1 if casting == "llama" and x.itemsize == 2 else None  # else nothing is rounded

@@ -8,10 +8,10 @@ Numba's own pools are a second set of threads beside torch's, and the one that i
 import ctypes
 import itertools
 import os
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
-from threading import Lock
+from threading import Lock, local
 
 import llvmlite.binding
 import numba
@@ -269,6 +269,15 @@ def take(typing_context, counter):
     return types.int64(types.int64), emit
 
 
+class _Recording(local):
+    """Where the launches of a thread are noted down, while they are not to be done."""
+
+    launches: list | None = None
+
+
+RECORDING = _Recording()
+
+
 class Kernel:
     """A function of `(task, *args)`; calling it runs every task and returns when all are done."""
 
@@ -291,6 +300,9 @@ class Kernel:
 
     def __call__(self, tasks: int, elements: int, *args) -> None:
         """Run tasks 0 to `tasks` - 1, on one thread if they touch few `elements` in all."""
+        if RECORDING.launches is not None:
+            RECORDING.launches.append((self, tasks, elements, args))
+            return
         threads = min(torch.get_num_threads(), tasks)
         if elements < SERIAL_BELOW or threads < 2 or _FORKED:
             self._launch(tasks, 1, *args)
@@ -300,3 +312,15 @@ class Kernel:
             with self._one_at_a_time:
                 _POOL.value = _numba_pool().address
                 self._launch(tasks, threads, *args)
+
+    def launcher(self, tasks: int, elements: int, args: tuple) -> tuple:
+        """What to call for the same tasks and arguments of the same types every time, and with what
+        before these: code that takes them in one tuple and does not look at their types, 0.5 us
+        less, if one thread is enough."""
+        if elements >= SERIAL_BELOW and tasks > 1:
+            return (partial(self._unpacked, tasks, elements),)
+        kinds = types.StarArgTuple.from_types(tuple(map(self._launch.typeof_pyval, args)))
+        return self._launch.compile((types.int64, types.int64, kinds)), tasks, 1
+
+    def _unpacked(self, tasks: int, elements: int, args: tuple) -> None:
+        self(tasks, elements, *args)

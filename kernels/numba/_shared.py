@@ -10,6 +10,11 @@ PARTS = 32
 CACHE_LINE = 64  # bytes
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in: fp32, or fp64 for fp64. (`torch.promote_types` takes 1 us.)"""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def parts_for(rows: int) -> int:
     """Into how many independent parts to split `rows`."""
     return min(rows, PARTS)
@@ -25,10 +30,15 @@ def sum_parts_for(rows: int, cols: int) -> int:
     return max(min(parts, PARTIAL_SUMS // max(cols, 1)), 1)
 
 
-def partial_sums(x: Tensor, parts: int, dtype) -> Tensor:
-    """Zeros [parts, cols or more], each part on cache lines of its own."""
+def part_rows(x: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
+    """Memory for a row of each part, [parts, cols or more], each on cache lines of its own."""
     cols, per_line = x.shape[-1], CACHE_LINE // dtype.itemsize
-    return x.new_zeros(parts, cols if parts == 1 else -(-cols // per_line) * per_line, dtype=dtype)
+    return x.new_empty(parts, cols if parts == 1 else -(-cols // per_line) * per_line, dtype=dtype)
+
+
+def partial_sums(x: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
+    """`part_rows` of zeros."""
+    return part_rows(x, parts, dtype).zero_()
 
 
 def summed(parts: Tensor, like: Tensor) -> Tensor:

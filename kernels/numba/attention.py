@@ -29,7 +29,7 @@ from tilewise.kernels.numba._online_softmax import (
     softmax_gradient,
 )
 from tilewise.kernels.numba._parallel import Kernel, callee, take
-from tilewise.kernels.numba._shared import same_layout, thread_scratch
+from tilewise.kernels.numba._shared import same_layout, thread_scratch, wide_dtype
 from tilewise.kernels.numba._simd import address, kind, load, offset, pointer, real, store
 from tilewise.kernels.numba._tiles import (
     NONE,
@@ -334,7 +334,7 @@ def attention_forward(
     batch, heads, seq_q, dim = q.shape
     _, kv_heads, seq_k, v_dim = v.shape
     out = same_layout(q, v_dim)
-    highest = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    highest = q.new_empty(q.shape[:3], dtype=wide_dtype(q.dtype))
     total = torch.empty_like(highest)
     group, width, v_width = heads // kv_heads, rounded(dim), rounded(v_dim)
     own_padding = mask is not None and mask.shape[2] == 1 and mask.shape[1] > 1

@@ -29,11 +29,13 @@ from tilewise.kernels.numba._norm_rows import (
 )
 from tilewise.kernels.numba._parallel import Kernel, callee, take
 from tilewise.kernels.numba._shared import (
+    part_rows,
     partial_sums,
     parts_for,
     sum_parts_for,
     summed,
     thread_scratch,
+    wide_dtype,
 )
 from tilewise.kernels.numba._simd import (
     INTEGER,
@@ -251,11 +253,11 @@ def embed_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     ids, table = tables[:2]
     rows, cols = len(ids), table.shape[1]
     y = table.new_empty(rows, cols)
-    wide = torch.promote_types(table.dtype, torch.float32)
+    wide = wide_dtype(table.dtype)
     mean = table.new_empty(0 if weight is None else rows, dtype=wide)
     rstd = torch.empty_like(mean)
     parts = parts_for(rows)
-    scratch = partial_sums(table, 2 * parts, wide)
+    scratch = part_rows(table, 2 * parts, wide)
     _forward(
         parts, y.numel(), address(y), address(mean), address(rstd), address(scratch),
         where_of(*tables), address(weight), address(bias), draw(*dropout),
@@ -274,7 +276,7 @@ def embed_rows_backward(dy: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]
     rows, cols = dy.shape
     dx = dy.new_empty((rows, cols) if want_dx else 0, dtype=mean.dtype)
     parts = sum_parts_for(rows, cols)
-    scratch = partial_sums(dy, 2 * parts, mean.dtype)
+    scratch = part_rows(dy, 2 * parts, mean.dtype)
     sums = [partial_sums(dy, parts if any(wanted) else 0, mean.dtype) for _ in range(2)]
     like = dy if weight is None else weight
     _rows_backward(
@@ -307,7 +309,7 @@ def embed_table_backward(
     dtable = table.new_zeros(table.shape)
     chunk_rows = isqrt(rows - 1) + 1
     chunks = -(-rows // chunk_rows)
-    parts = dx.new_empty(chunks, 2, cols, dtype=torch.promote_types(dx.dtype, torch.float32))
+    parts = dx.new_empty(chunks, 2, cols, dtype=wide_dtype(dx.dtype))
     counter, scratch, stride = thread_scratch(parts, cols)
     runs = (address(keys), address(order), period, rows // period, len(dtable), padding)
     _table_backward(

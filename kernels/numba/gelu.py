@@ -1,13 +1,12 @@
 """GELU on the CPU: chunks of the elements in parallel, parts of the rows where a sum is wanted."""
 
-import torch
 from torch import Tensor
 
 from tilewise.kernels.numba._activations import backward_kernels, forward_kernels
 from tilewise.kernels.numba._dropout import SCALE, draw, mark_kept
 from tilewise.kernels.numba._elements import chunks
 from tilewise.kernels.numba._lanes import kept
-from tilewise.kernels.numba._shared import partial_sums, sum_parts_for, summed
+from tilewise.kernels.numba._shared import partial_sums, sum_parts_for, summed, wide_dtype
 from tilewise.kernels.numba._simd import address, kind, offset, pointer
 from tilewise.kernels.numba._stream import CHUNK, finish_writes, loop_of, scratch, streamed
 
@@ -160,7 +159,7 @@ def bias_gelu_backward(
     rows, cols = x.shape
     parts = sum_parts_for(rows, cols)
     dx = x.new_empty(rows, cols) if want_dx else None
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x.dtype)
     sums = partial_sums(x, parts, wide) if want_dbias else None
     dropout = draw(dropout_p, seeds, offsets, seed, offset) if dropout_p else None
     _bias_backward[_NAMES[approximate]](

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from tilewise.kernels.numba._parallel import Kernel, callee
 from tilewise.kernels.numba._rotation import PAST, inline, layout, places, position_of
-from tilewise.kernels.numba._shared import partial_sums, parts_for, sum_parts_for, summed
+from tilewise.kernels.numba._shared import (
+    partial_sums,
+    parts_for,
+    sum_parts_for,
+    summed,
+    wide_dtype,
+)
 from tilewise.kernels.numba._simd import (
     address,
     kind,
@@ -255,7 +261,7 @@ def qk_norm_rotary_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """q, k [batch, heads, seq, dim], weights [dim], cos, sin [positions, half]
     -> q, k normalised and turned, rstd of each [batch, heads, seq]."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q.dtype)
     turned = tuple(torch.empty_like(x) for x in (q, k))
     rstd = tuple(x.new_empty(x.shape[:3], dtype=wide) for x in (q, k))
     sides = (

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tilewise.kernels.numba._parallel import Kernel, compiled
 from tilewise.kernels.numba._philox import philox
-from tilewise.kernels.numba._shared import CACHE_LINE
+from tilewise.kernels.numba._shared import CACHE_LINE, wide_dtype
 from tilewise.kernels.numba._simd import (
     KINDS,
     address,
@@ -347,7 +347,7 @@ def sample_forward(
     """logits [batch, vocab]; options [batch], seeds and offsets also [], or numbers -> [batch]."""
     rows, vocab = logits.shape
     tokens = logits.new_empty(rows, dtype=torch.int64)
-    wide = torch.promote_types(logits.dtype, torch.float32)
+    wide = wide_dtype(logits.dtype)
     tasks = min(rows, torch.get_num_threads())  # each with its own scratch
     starts, size = [], 0  # of maxima, masses, values and columns
     for count, width in (-(-vocab // BLOCK), wide.itemsize), *3 * [(vocab + BLOCK, wide.itemsize)]:

@@ -6,12 +6,17 @@ Scores that are more than `scale * x` are first written to a row of scratch, one
 import math
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tilewise.kernels.numba import _lanes
 from tilewise.kernels.numba._parallel import Kernel, callee
-from tilewise.kernels.numba._shared import PARTS, broadcast_strides, partial_sums, parts_for
+from tilewise.kernels.numba._shared import (
+    PARTS,
+    broadcast_strides,
+    partial_sums,
+    parts_for,
+    wide_dtype,
+)
 from tilewise.kernels.numba._simd import (
     address,
     exp,
@@ -312,7 +317,7 @@ def softmax_forward(x: Tensor, scale: float, log: bool) -> Tensor:
     if log:
         _log_forward(parts, x.numel(), address(y), address(x), kind(x), *sizes, past_caches)
         return y
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x.dtype)
     in_place = wide == x.dtype and not past_caches
     powers = y if in_place else x.new_empty(parts, cols, dtype=wide)
     _forward(
@@ -342,7 +347,7 @@ def scored_softmax_forward(
     rows, cols = x.shape
     y = x.new_empty(rows, cols)
     parts = parts_for(rows)
-    scores = x.new_empty(parts, cols, dtype=torch.promote_types(x.dtype, torch.float32))
+    scores = x.new_empty(parts, cols, dtype=wide_dtype(x.dtype))
     _scored_forward(
         parts, x.numel(), address(y), address(scores), address(x), address(bias), address(mask),
         kind(x), kind(scores), kind(x if bias is None else bias),
@@ -362,7 +367,7 @@ def scored_softmax_backward(
     rows, cols = y.shape
     dx = y.new_empty(rows, cols)
     parts = parts_for(rows)
-    wide = torch.promote_types(y.dtype, torch.float32)
+    wide = wide_dtype(y.dtype)
     scores = y.new_empty(parts, cols, dtype=wide)
     _scored_backward(
         parts, 2 * y.numel(), address(dx), address(scores), address(dy), address(y),

@@ -27,7 +27,7 @@ def _known(names: tuple[str, ...], where: str) -> tuple[str, ...]:
     return names
 
 
-class _Preference:
+class Preference:
     """Attributes of a module-level object: Dynamo guards on them, but not on a ContextVar."""
 
     names: tuple[str, ...] = _known(
@@ -36,7 +36,7 @@ class _Preference:
     strict: bool = False
 
 
-_PREFERENCE = _Preference()
+preference = Preference()
 
 
 @contextmanager
@@ -51,12 +51,12 @@ def backend(*names: str, strict: bool = False) -> Iterator[None]:
         ValueError: If a name is unknown.
     """
     names = _known(names, "backend")
-    before = _PREFERENCE.names, _PREFERENCE.strict
-    _PREFERENCE.names, _PREFERENCE.strict = names, strict
+    before = preference.names, preference.strict
+    preference.names, preference.strict = names, strict
     try:
         yield
     finally:
-        _PREFERENCE.names, _PREFERENCE.strict = before
+        preference.names, preference.strict = before
 
 
 _PRESENT: dict[str, bool] = {}
@@ -114,13 +114,13 @@ def choose(op: Op, backend: str | None, *tensors: Tensor | None, **options: Any)
     """
     if backend is not None:
         return _strictly(op, backend, *tensors, **options)
-    for name in _PREFERENCE.names:
+    for name in preference.names:
         if name == "reference":
             return name
         if name in op.backends and refusal(op.backends[name], *tensors, **options) is None:
             return name
-    if _PREFERENCE.strict:
-        return _strictly(op, _PREFERENCE.names[0], *tensors, **options)
+    if preference.strict:
+        return _strictly(op, preference.names[0], *tensors, **options)
     return _automatic(op, *tensors, **options)
 
 

@@ -1,6 +1,7 @@
 """What an op is: one record from which choice, checks, tests, benchmarks and docs are read."""
 
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -191,6 +192,16 @@ def register(
     return _straight(op, run_cpu, run_cuda)
 
 
+class Straight(threading.local):
+    """The backend whose kernels this thread calls straight although it is looked at, by a mode that
+    looks at what they allocate."""
+
+    backend: str | None = None
+
+
+straight = Straight()
+
+
 def _straight(
     op: torch._ops.OpOverload, run_cpu: Callable[..., Any], run_cuda: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -202,7 +213,7 @@ def _straight(
     plain: set[tuple[type, ...]] = set()  # kinds of arguments that are as the schema has them
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_observed():
+        if torch.compiler.is_compiling() or (is_observed() and args[-1] != straight.backend):
             return op(*args)
         kinds = tuple(map(type, args))
         if kinds not in plain:
@@ -220,7 +231,7 @@ def _count_write(x: Tensor) -> None:
         torch.autograd.graph.increment_version(x)
 
 
-def _is_observed() -> bool:
+def is_observed() -> bool:
     """Whether a mode, a trace or the profiler looks at the ops that are called."""
     return bool(
         torch._C._len_torch_dispatch_stack()
@@ -302,7 +313,7 @@ def differentiable_gradients(
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype the arithmetic is done in: fp32, or fp64 for fp64."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def as_rows(x: Tensor) -> Tensor:

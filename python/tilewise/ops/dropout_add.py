@@ -19,9 +19,11 @@ from tilewise.op import (
     transforming,
     wide_dtype,
 )
+from tilewise.plan import planned
 from tilewise.rng import as_arguments, dropped, seed_and_offset
 
 
+@planned
 def dropout_add(
     x: Tensor,
     residual: Tensor,

@@ -31,9 +31,11 @@ from tilewise.op import (
     transforming,
     wide_dtype,
 )
+from tilewise.plan import planned
 from tilewise.rng import counter_rows, keep_mask, seed_and_offset
 
 
+@planned
 def embed(
     token_ids: Tensor,
     token_table: Tensor,

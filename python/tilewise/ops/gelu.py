@@ -22,9 +22,11 @@ from tilewise.op import (
     transforming,
     wide_dtype,
 )
+from tilewise.plan import planned
 from tilewise.rng import as_arguments, dropped, seed_and_offset
 
 
+@planned
 def gelu(x: Tensor, approximate: str = "none", *, backend: str | None = None) -> Tensor:
     """Multiply `x` by the normal distribution function of `x`, exact or by the tanh formula.
 
@@ -60,6 +62,7 @@ def gelu(x: Tensor, approximate: str = "none", *, backend: str | None = None) ->
     return shaped(y, x)
 
 
+@planned
 def bias_gelu(
     x: Tensor,
     bias: Tensor,

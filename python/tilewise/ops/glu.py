@@ -25,6 +25,7 @@ from tilewise.op import (
     transforming,
     wide_dtype,
 )
+from tilewise.plan import planned
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
@@ -37,6 +38,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 Unit = tuple[str, float, float, float]  # activation, limit, alpha, up_offset
 
 
+@planned
 def glu(
     gate: Tensor,
     up: Tensor,
@@ -97,6 +99,7 @@ def glu(
     return shaped(y, gate)
 
 
+@planned
 def glu_packed(
     x: Tensor,
     activation: str = "silu",

@@ -16,8 +16,10 @@ from tilewise.norm import (
     register_norm,
 )
 from tilewise.op import Op, backends_of, declare, takes_all
+from tilewise.plan import planned
 
 
+@planned
 def layer_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -60,6 +62,7 @@ def layer_norm(
     return normalise(LAYER_NORM, x, weight, bias, eps, weight_offset, casting, backend)
 
 
+@planned
 def add_layer_norm(
     x: Tensor,
     residual: Tensor,

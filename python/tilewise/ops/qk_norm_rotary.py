@@ -20,6 +20,7 @@ from tilewise.op import (
     transforming,
     wide_dtype,
 )
+from tilewise.plan import planned
 from tilewise.rotation import (
     angles,
     as_given,
@@ -31,6 +32,7 @@ from tilewise.rotation import (
 )
 
 
+@planned
 def qk_norm_rotary(
     q: Tensor,
     k: Tensor,

@@ -15,6 +15,7 @@ from tilewise.op import (
     takes_all,
     transforming,
 )
+from tilewise.plan import planned
 from tilewise.rotation import (
     angles,
     as_given,
@@ -27,6 +28,7 @@ from tilewise.rotation import (
 from tilewise.rotation import rotary_tables as rotary_tables
 
 
+@planned
 def rotary(
     q: Tensor,
     k: Tensor,

@@ -28,9 +28,11 @@ from tilewise.op import (
     transforming,
     wide_dtype,
 )
+from tilewise.plan import planned
 from tilewise.scores import check_scores, spread
 
 
+@planned
 def softmax(
     x: Tensor,
     bias: Tensor | None = None,
@@ -82,6 +84,7 @@ def softmax_reference(x: Tensor, bias: Tensor | None = None, **options: Any) -> 
     return _reference(False, x, bias, **options)
 
 
+@planned
 def log_softmax(
     x: Tensor,
     bias: Tensor | None = None,
