@@ -35,7 +35,7 @@ FLOORS = [
     {"lookup"},
     {"choice"},
     {"plan"},
-    {"norm"},
+    {"norm", "heads"},
     {"ops"},
     {"functional", "nn"},
     {"models"},
@@ -51,6 +51,7 @@ APART = {"ops"}
 FAMILIES = {
     "add_layer_norm": "layer_norm",
     "add_rms_norm": "rms_norm",
+    "attention_with_lse": "attention",
     "bias_gelu": "gelu",
     "cross_entropy_with_lse": "cross_entropy",
     "glu_packed": "glu",

@@ -186,8 +186,10 @@ def _forward(
 
 
 @callee
-def _read_statistics(stats, dout, out, highest, total, rows, v_dim, tall, dout_stride, out_stride):
-    """Three lines: the highest score, 1 / the sum (0 where there is none), sum(dout * out)."""
+def _read_statistics(
+    stats, dout, dlse, with_lse, out, highest, total, rows, v_dim, tall, dout_stride, out_stride
+):
+    """Three lines: the highest score, 1 / the sum or 0, delta = sum(dout * out) - dlse."""
     once()
     for i in range(tall):
         top, part, delta = real(stats, 0), real(stats, 0), real(stats, 0)
@@ -197,6 +199,8 @@ def _read_statistics(stats, dout, out, highest, total, rows, v_dim, tall, dout_s
             dot = 0.0  # in fp64: what is wrong here is wrong for all keys alike
             for j in range(v_dim):
                 dot += np.float64(load(x, j)) * np.float64(load(y, j))
+            if with_lse:
+                dot -= np.float64(load(dlse, i))
             delta = real(stats, dot)
         store(stats, i, top)
         store(stats, BLOCK + i, part)
@@ -240,8 +244,9 @@ def _gradients(
 
 @callee
 def _one_head(
-    dq, dk, dv, k_tile, v_tile, block, dout, q, out, highest, total, dim, v_dim, first, keys,
-    seq_q, seq_k, sign, factor, causal, mask, mask_strides, dout_stride, q_stride, out_stride,
+    dq, dk, dv, k_tile, v_tile, block, dout, dlse, with_lse, q, out, highest, total, dim, v_dim,
+    first, keys, seq_q, seq_k, sign, factor, causal, mask, mask_strides, dout_stride, q_stride,
+    out_stride,
 ):  # fmt: skip
     """Take all queries of one head, block by block, to one tile of keys."""
     once()
@@ -262,8 +267,8 @@ def _one_head(
         transpose(q_t, BLOCK, q_block, width, tall, width)
         transpose(dout_t, BLOCK, dout_block, v_width, tall, v_width)
         _read_statistics(
-            stats, dout_rows, offset(out, row * out_stride), offset(highest, row),
-            offset(total, row), rows, v_dim, tall, dout_stride, out_stride,
+            stats, dout_rows, offset(dlse, row), with_lse, offset(out, row * out_stride),
+            offset(highest, row), offset(total, row), rows, v_dim, tall, dout_stride, out_stride,
         )  # fmt: skip
         _gradients(
             offset(dq, row * width), dk, dv, k_tile, v_tile, block, dim, v_dim, row, rows,
@@ -274,7 +279,7 @@ def _one_head(
 @Kernel
 def _backward(
     slot, counter, items, scratch_at, scratch_size, dq_at, dk_at, dv_at,
-    dout_at, q_at, k_at, v_at, mask_at, out_at, highest_at, total_at, kind, wide, sizes,
+    dout_at, dlse_at, q_at, k_at, v_at, mask_at, out_at, highest_at, total_at, kind, wide, sizes,
     dk_strides, dv_strides, dout_strides, q_strides, k_strides, v_strides, mask_strides,
     out_strides, padding, causal, sign, scale, factors,
 ):  # fmt: skip
@@ -315,6 +320,7 @@ def _backward(
                     offset(pointer(dq_at, wide), (part * units * group + index) * tall_q * width),
                     dk_tile, dv_tile, k_tile, v_tile, block,
                     offset(pointer(dout_at, kind), start_of(dout_strides, batch, head)),
+                    offset(pointer(dlse_at, wide), index * seq_q), dlse_at,
                     offset(pointer(q_at, kind), start_of(q_strides, batch, head)),
                     offset(pointer(out_at, kind), start_of(out_strides, batch, head)),
                     offset(pointer(highest_at, wide), index * seq_q),
@@ -327,8 +333,9 @@ def _backward(
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: None, alibi_slopes: None,
+    sinks: None, left: int, right: int, softcap: float, scale: float, *dropout: object,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """q [batch, heads, seq_q, dim], k, v [batch, kv_heads, seq_k, dim or v_dim], mask broadcastable
     -> out [batch, heads, seq_q, v_dim] laid out as q; highest, total [batch, heads, seq_q]."""
     batch, heads, seq_q, dim = q.shape
@@ -351,16 +358,19 @@ def attention_forward(
         address(q), address(k), address(v), mask_at, kind(q), kind(total),
         (heads, kv_heads, seq_q, seq_k, dim, v_dim, shared),
         out.stride(), q.stride(), k.stride(), v.stride(), mask_strides,
-        padding, int(causal), *scaling(scale, q.dtype == torch.float64),
+        padding, int(right == 0), *scaling(scale, q.dtype == torch.float64),
     )  # fmt: skip
     return out, highest, total
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
-    out: Tensor, highest: Tensor, total: Tensor, causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Shapes as in `attention_forward` -> dq, dk, dv, laid out as q, k and v."""
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+    bias: None, alibi_slopes: None, sinks: None, out: Tensor, highest: Tensor, total: Tensor,
+    left: int, right: int, softcap: float, scale: float, dropout_p: float, seeds: None,
+    offsets: None, seed: int, offset: int, *wanted: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Shapes as in `attention_forward`, dlse [batch, heads, seq_q] -> dq, dk, dv, laid out as q, k
+    and v, and no dbias and no dsinks; what is not wanted is empty."""
     batch, heads, seq_q, dim = q.shape
     _, kv_heads, seq_k, v_dim = v.shape
     dk, dv = same_layout(k, dim), same_layout(v, v_dim)
@@ -375,12 +385,13 @@ def attention_backward(
     _backward(
         torch.get_num_threads(), 2 * total.numel() * seq_k, address(counter), units * parts,
         address(scratch), size, address(sums), address(dk), address(dv), address(dout),
-        address(q), address(k), address(v), mask_at, address(out), address(highest), address(total),
-        kind(q), kind(total), (heads, kv_heads, seq_q, seq_k, dim, v_dim, parts),
+        address(dlse), address(q), address(k), address(v), mask_at, address(out), address(highest),
+        address(total), kind(q), kind(total), (heads, kv_heads, seq_q, seq_k, dim, v_dim, parts),
         dk.stride(), dv.stride(), dout.stride(), q.stride(), k.stride(), v.stride(), mask_strides,
-        out.stride(), padding, int(causal), *scaling(scale, q.dtype == torch.float64),
+        out.stride(), padding, int(right == 0), *scaling(scale, q.dtype == torch.float64),
     )  # fmt: skip
     for part in sums[1:]:
         sums[0] += part
-    dq = same_layout(q, dim)
-    return dq.copy_(sums[0, :, :, :seq_q, :dim].mul_(scale)), dk, dv
+    dq = same_layout(q, dim).copy_(sums[0, :, :, :seq_q, :dim].mul_(scale))
+    grads = zip((dq, dk, dv, None, None), wanted, strict=True)
+    return tuple(t if w else q.new_empty(0) for t, w in grads)

@@ -157,13 +157,13 @@ def _statistics(highest_ptr, total_ptr, query, seq_q):
 
 @triton.jit
 def _queries_backward_kernel(
-    dq_ptr, delta_ptr, dout_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, highest_ptr, total_ptr,
-    heads, group, seq_q, seq_k, dim, v_dim, dq_batch, dq_head, dq_row,
+    dq_ptr, delta_ptr, dout_ptr, dlse_ptr, q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, highest_ptr,
+    total_ptr, heads, group, seq_q, seq_k, dim, v_dim, dq_batch, dq_head, dq_row,
     dout_batch, dout_head, dout_row, out_batch, out_head, out_row,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_query, mask_key, sign, factor, scale,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    DLSE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, DIM: tl.constexpr,
+    V_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     index = tl.cast(tl.program_id(1), tl.int64)
@@ -182,6 +182,8 @@ def _queries_backward_kernel(
         out_ptr + batch * out_batch + head * out_head, query, out_row, v_col, v_dim, inside
     )
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    if DLSE:
+        delta -= tl.load(dlse_ptr + index * seq_q + query, mask=inside, other=0.0)
     tl.store(delta_ptr + index * seq_q + query, delta, mask=inside)
     highest, part = _statistics(
         highest_ptr + index * seq_q, total_ptr + index * seq_q, query, seq_q
@@ -319,8 +321,9 @@ def _mask_options(mask: Tensor | None, otherwise: Tensor) -> tuple[Tensor, tuple
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: None, alibi_slopes: None,
+    sinks: None, left: int, right: int, softcap: float, scale: float, *dropout: object,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """q [batch, heads, seq_q, dim], k, v [batch, kv_heads, seq_k, dim or v_dim], mask broadcastable
     -> out [batch, heads, seq_q, v_dim] laid out as q; highest, total [batch, heads, seq_q]."""
     batch, heads, seq_q, dim = q.shape
@@ -335,34 +338,43 @@ def attention_forward(
         out, highest, total, q, k, v, flags, heads, heads // kv_heads, seq_q, seq_k, dim, v_dim,
         *out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides,
         *_scaling(scale),
-        CAUSAL=causal, MASK=kind, **options,
+        CAUSAL=right == 0, MASK=kind, **options,
     )  # fmt: skip
     return out, highest, total
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
-    out: Tensor, highest: Tensor, total: Tensor, causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Shapes as in `attention_forward` -> dq, dk, dv, laid out as q, k and v."""
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+    bias: None, alibi_slopes: None, sinks: None, out: Tensor, highest: Tensor, total: Tensor,
+    left: int, right: int, softcap: float, scale: float, dropout_p: float, seeds: None,
+    offsets: None, seed: int, offset: int, want_dq: bool, want_dk: bool, want_dv: bool,
+    *unwanted: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Shapes as in `attention_forward`, dlse [batch, heads, seq_q] -> dq, dk, dv, laid out as q, k
+    and v, and no dbias and no dsinks; what is not wanted is empty."""
     batch, heads, seq_q, dim = q.shape
     _, kv_heads, seq_k, v_dim = v.shape
-    dq, dk, dv = same_layout(q, dim), same_layout(k, dim), same_layout(v, v_dim)
+    dq, dk, dv = same_layout(q, dim), None, None
     delta = torch.empty_like(total)
     flags, mask_strides, kind = _mask_options(mask, q)
-    shared = {"CAUSAL": causal, "MASK": kind}
+    shared = {"CAUSAL": right == 0, "MASK": kind}
     sizes = heads // kv_heads, seq_q, seq_k, dim, v_dim
     rest = (
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides, *_scaling(scale), scale
     )  # fmt: skip
     options = _options(_QUERIES, q, v) | shared
     _queries_backward_kernel[(triton.cdiv(seq_q, options["QUERIES"]), batch * heads)](
-        dq, delta, dout, q, k, v, flags, out, highest, total, heads, *sizes,
-        *dq.stride()[:3], *dout.stride()[:3], *out.stride()[:3], *rest, **options,
+        dq, delta, dout, delta if dlse is None else dlse, q, k, v, flags, out, highest, total,
+        heads, *sizes,
+        *dq.stride()[:3], *dout.stride()[:3], *out.stride()[:3], *rest,
+        DLSE=dlse is not None, **options,
     )  # fmt: skip
-    options = _options(_KEYS, q, v) | shared
-    _keys_backward_kernel[(triton.cdiv(seq_k, options["KEYS"]), batch * kv_heads)](
-        dk, dv, dout, q, k, v, flags, delta, highest, total, kv_heads, *sizes,
-        *dk.stride()[:3], *dv.stride()[:3], *dout.stride()[:3], *rest, **options,
-    )  # fmt: skip
-    return dq, dk, dv
+    if want_dk or want_dv:
+        dk, dv = same_layout(k, dim), same_layout(v, v_dim)
+        options = _options(_KEYS, q, v) | shared
+        _keys_backward_kernel[(triton.cdiv(seq_k, options["KEYS"]), batch * kv_heads)](
+            dk, dv, dout, q, k, v, flags, delta, highest, total, kv_heads, *sizes,
+            *dk.stride()[:3], *dv.stride()[:3], *dout.stride()[:3], *rest, **options,
+        )  # fmt: skip
+    grads = zip((dq, dk, dv, None, None), (want_dq, want_dk, want_dv, *unwanted), strict=True)
+    return tuple(t if wanted else q.new_empty(0) for t, wanted in grads)

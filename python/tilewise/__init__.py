@@ -4,7 +4,7 @@ from tilewise import functional, nn
 from tilewise.allocator import tune_allocator
 from tilewise.choice import backend, explain
 from tilewise.op import OPS
-from tilewise.ops.attention import attention
+from tilewise.ops.attention import attention, attention_with_lse, merge_attention
 from tilewise.ops.cross_entropy import cross_entropy, cross_entropy_, cross_entropy_with_lse
 from tilewise.ops.dropout_add import dropout_add
 from tilewise.ops.embed import embed
@@ -25,6 +25,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_with_lse",
     "backend",
     "bias_gelu",
     "cross_entropy",
@@ -40,6 +41,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "log_softmax",
+    "merge_attention",
     "nn",
     "qk_norm_rotary",
     "rms_norm",

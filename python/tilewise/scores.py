@@ -25,6 +25,21 @@ def check_mask(op: str, mask: Tensor | None, shape: Sequence[int], like: Tensor)
     _check_spread(op, "mask", mask, shape, like)
 
 
+def check_bias(op: str, bias: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
+    """Refuse what is no bias of scores of this shape, which lie where `like` does."""
+    if bias is None:
+        return
+    if bias.dtype not in (like.dtype, torch.float32):
+        raise TypeError(f"{op}: bias must be {like.dtype} or torch.float32, got {bias.dtype}")
+    _check_spread(op, "bias", bias, shape, like)
+
+
+def check_softcap(op: str, softcap: float | None) -> None:
+    """Refuse a bound that is not above 0."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap must be positive, got {softcap}")
+
+
 def check_scores(
     op: str,
     x: Tensor,
@@ -35,13 +50,9 @@ def check_scores(
     fully_masked: str,
 ) -> None:
     """Refuse what is wrong with what becomes of the scores `x` of the op named `op`."""
-    if bias is not None:
-        if bias.dtype not in (x.dtype, torch.float32):
-            raise TypeError(f"{op}: bias must be {x.dtype} or torch.float32, got {bias.dtype}")
-        _check_spread(op, "bias", bias, x.shape, x)
+    check_bias(op, bias, x.shape, x)
     check_mask(op, mask, x.shape, x)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: softcap must be positive, got {softcap}")
+    check_softcap(op, softcap)
     if causal and x.ndim < 2:
         raise ValueError(f"{op}: x must be [..., queries, cols] if causal, got {list(x.shape)}")
     if fully_masked not in ("nan", "zero"):

@@ -1,56 +1,73 @@
 """Scaled dot-product attention (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762), tiled with
 an online softmax (Dao et al., 2022, https://arxiv.org/abs/2205.14135)."""
 
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from tilewise.choice import choose
-from tilewise.op import (
-    Inputs,
-    Op,
-    autocast_dtype,
-    backends_of,
-    declare,
-    differentiable_gradients,
-    needs_gradient,
-    register,
-    takes_all,
-    transforming,
-    wide_dtype,
-)
-from tilewise.scores import check_mask
+from tilewise.heads.checks import check_parts
+from tilewise.heads.formula import Window, merged
+from tilewise.heads.launch import BACKENDS, attend, reference_of
+from tilewise.heads.sizes import LSE_SIZES, SIZES, WORKLOADS, bytes_moved, flops, inputs
+from tilewise.op import Op, declare
 
 
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     mask: Tensor | None = None,
     causal: bool = False,
+    window: Window | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
     scale: float | None = None,
+    seed: Tensor | int | None = None,
+    offset: Tensor | int | None = None,
+    generator: Generator | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Average the rows of `v` by the softmax of the scores of `q` against `k`.
 
-        out = softmax(scale * q k^T) v
+        s = scale * q k^T, or softcap * tanh(scale * q k^T / softcap)
+        s_ij = s_ij + bias_ij - alibi_slope * |i + seq_k - seq_q - j|,
+               or -inf where mask, causal or window hides key j from query i
+        p_ij = exp(s_ij) / (exp(sink) + sum_j exp(s_ij))
+        out = dropout(p) v
 
-    Where a query has nothing to attend to, out and its gradients are 0. Query head h reads key and
-    value head h // (heads / kv_heads). Under autocast q, k and v are cast to its dtype.
+    Where a query has nothing to attend to, out and its gradients are 0, also if there is a sink.
+    Query head h reads key and value head h // (heads / kv_heads). Dropout zeroes a probability with
+    probability `dropout_p` and divides the others by 1 - `dropout_p`; which, the seed says
+    (`tilewise.rng.keep_mask` at row (batch * heads + head) * seq_q + query and column key), the
+    same on every backend. Under autocast q, k and v are cast to its dtype.
 
     Args:
         q: `[batch, heads, seq_q, dim]`, floating point, any strides (a view of
             `[batch, seq, heads, dim]` is not copied).
         k: `[batch, kv_heads, seq_k, dim]`, dtype of `q`; kv_heads divides heads.
         v: `[batch, kv_heads, seq_k, v_dim]`, dtype of `q`.
+        bias: Added to the scores, broadcastable to `[batch, heads, seq_q, seq_k]`, dtype of `q` or
+            fp32. Its gradient is summed over what is broadcast.
+        sinks: `[heads]`, dtype of `q` or fp32: the score of a key without a value.
         mask: Bool, True where a query attends to a key; broadcastable to `[batch, heads, seq_q,
             seq_k]`. Keys it hides from all queries alike, by a size of 1 for the queries, may hold
-            NaN or infinity; other keys must be finite.
+            NaN or infinity, and so may their bias; other keys must be finite.
         causal: Let query i attend only to keys j <= i + seq_k - seq_q: the last query sees all.
+        window: (left, right): let query i attend only to keys j with i + seq_k - seq_q - left <= j
+            <= i + seq_k - seq_q + right. None is no limit, of both or of either.
+        alibi_slopes: `[heads]` or `[batch, heads]`, fp32, without gradient: what a key loses for
+            each position that it is away.
+        softcap: Positive bound that the scores approach, before the bias. None is no bound.
+        dropout_p: Probability of dropping a probability, from 0 to 1.
         scale: Multiplies the scores. None is 1 / sqrt(dim).
+        seed: int64, or a tensor `[]`. None draws one on the device.
+        offset: int64, counts the draws from one seed; or a tensor `[]`. None is 0.
+        generator: Draws the seed, where none is given. None is PyTorch's own.
         backend: "triton", "numba" or "reference". None picks the first that can run.
 
     Returns:
@@ -58,29 +75,17 @@ def attention(
         `q`.
 
     Raises:
-        TypeError: If a dtype is wrong, or not one that `backend` takes.
-        ValueError: If a shape is wrong or `backend` is unknown.
+        TypeError: If a kind or dtype is wrong, or not one that `backend` takes.
+        ValueError: If a shape or range is wrong, seed and generator are both given, or `backend`
+            is unknown.
         RuntimeError: If the devices differ, or `backend` is absent or runs on another device.
-        NotImplementedError: If `backend` cannot take so wide a head.
+        NotImplementedError: If `backend` lacks an option, or cannot take so wide a head.
     """
-    if (dtype := autocast_dtype(q)) is not None:
-        q, k, v = (_lowered(t, dtype) for t in (q, k, v))
-        with torch.autocast(q.device.type, enabled=False):  # for the products of the reference
-            return attention(q, k, v, mask=mask, causal=causal, scale=scale, backend=backend)
-    _check(q, k, v, mask)
-    scale = _scale(q, scale)
-    chosen = choose(ATTENTION, backend, q, k, v, mask=mask, causal=causal, scale=scale)
-    if chosen == "reference" or transforming() or 0 in (q.numel(), k.numel(), v.numel()):
-        return attention_reference(q, k, v, mask=mask, causal=causal, scale=scale)
-
-    q, k, v = (_rows(t) for t in (q, k, v))
-    if mask is not None:
-        mask = mask[(None,) * (4 - mask.ndim)]
-    out: Tensor
-    if needs_gradient(q, k, v):
-        out = _Attention.apply(q, k, v, mask, causal, scale, chosen)  # type: ignore[no-untyped-call]
-    else:
-        out, _, _ = _forward(q, k, v, mask, causal, scale, chosen)
+    out: Tensor = attend(
+        ATTENTION, q, k, v, bias, sinks, mask=mask, causal=causal, window=window,
+        alibi_slopes=alibi_slopes, softcap=softcap, dropout_p=dropout_p, scale=scale, seed=seed,
+        offset=offset, generator=generator, backend=backend, with_lse=False,
+    )  # fmt: skip
     return out
 
 
@@ -88,185 +93,122 @@ def attention_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """The formula of `attention`, in plain PyTorch; probabilities are rounded to the dtype of `q`
+    before they multiply `v`, as in any tensor-core kernel."""
+    return reference_of(q, k, v, bias, sinks, **options)[0]
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    seed: Tensor | int | None = None,
+    offset: Tensor | int | None = None,
+    generator: Generator | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute `attention`, and the logarithm of what its probabilities are divided by.
+
+        lse_i = log(exp(sink) + sum_j exp(s_ij)), with the scores s and all options of `attention`
+
+    Both have gradients. Dropout leaves lse as it is. With nothing to attend to lse is -inf, without
+    a gradient; with only a sink it is the sink.
+
+    Args:
+        q: `[batch, heads, seq_q, dim]`, floating point, any strides.
+        k: `[batch, kv_heads, seq_k, dim]`, dtype of `q`; kv_heads divides heads.
+        v: `[batch, kv_heads, seq_k, v_dim]`, dtype of `q`.
+        bias: Added to the scores, broadcastable to `[batch, heads, seq_q, seq_k]`, dtype of `q` or
+            fp32.
+        sinks: `[heads]`, dtype of `q` or fp32: the score of a key without a value.
+        mask: Bool, True where a query attends to a key; broadcastable as `bias`.
+        causal: Let query i attend only to keys j <= i + seq_k - seq_q.
+        window: (left, right) of what a query sees beside its own position; None is no limit.
+        alibi_slopes: `[heads]` or `[batch, heads]`, fp32, without gradient.
+        softcap: Positive bound that the scores approach, before the bias. None is no bound.
+        dropout_p: Probability of dropping a probability, from 0 to 1.
+        scale: Multiplies the scores. None is 1 / sqrt(dim).
+        seed: int64, or a tensor `[]`. None draws one on the device.
+        offset: int64, counts the draws from one seed; or a tensor `[]`. None is 0.
+        generator: Draws the seed, where none is given. None is PyTorch's own.
+        backend: "triton", "numba" or "reference". None picks the first that can run.
+
+    Returns:
+        out, `[batch, heads, seq_q, v_dim]`, dtype of `q`; and lse, `[batch, heads, seq_q]`, fp32
+        (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError, RuntimeError, NotImplementedError: As `attention`.
+    """
+    both: tuple[Tensor, Tensor] = attend(
+        WITH_LSE, q, k, v, bias, sinks, mask=mask, causal=causal, window=window,
+        alibi_slopes=alibi_slopes, softcap=softcap, dropout_p=dropout_p, scale=scale, seed=seed,
+        offset=offset, generator=generator, backend=backend, with_lse=True,
+    )  # fmt: skip
+    return both
+
+
+def merge_attention(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Merge what `attention_with_lse` gave of two parts of the keys into what it gives of all.
+
+        lse = log(exp(lse_a) + exp(lse_b))
+        out = exp(lse_a - lse) * out_a + exp(lse_b - lse) * out_b
+
+    In plain PyTorch, differentiable. Where both lse are -inf, out is 0 and lse -inf, without a
+    gradient. At most one of the parts may have had sinks.
+
+    Args:
+        out_a: `[batch, heads, seq_q, v_dim]`, floating point.
+        lse_a: `[batch, heads, seq_q]`, fp32 (fp64 for fp64 `out_a`).
+        out_b: Like `out_a`.
+        lse_b: Like `lse_a`.
+
+    Returns:
+        out and lse, like `out_a` and `lse_a`.
+
+    Raises:
+        TypeError: If a dtype is wrong.
+        ValueError: If a shape is wrong.
+        RuntimeError: If the devices differ.
+    """
+    check_parts(out_a, lse_a, out_b, lse_b)
+    return merged(out_a, lse_a, out_b, lse_b)
+
+
+def _native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     mask: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """The formula of `attention`, in plain PyTorch; probabilities are rounded to the dtype of `q`
-    before they multiply `v`, as in any tensor-core kernel."""
-    wide, groups = wide_dtype(q.dtype), q.shape[1] // max(k.shape[1], 1)
-    keys, values = (t.to(wide).repeat_interleave(groups, 1) for t in (k, v))
-    if mask is not None and mask.ndim and (mask.ndim == 1 or mask.shape[-2] == 1):
-        hidden = ~(mask[None] if mask.ndim == 1 else mask).mT  # a NaN here must meet no product
-        keys, values = (t.masked_fill(hidden, 0.0) for t in (keys, values))
-    score = _scale(q, scale) * (q.to(wide) @ keys.mT)
-    seq_q, seq_k = score.shape[-2:]
-    allowed = torch.ones(seq_q, seq_k, dtype=torch.bool, device=q.device)
-    if causal:
-        allowed = allowed.tril(seq_k - seq_q)
-    if mask is not None:
-        allowed = allowed & mask
-    score = score.masked_fill(~allowed, float("-inf"))
-    nothing = ~allowed.any(-1, keepdim=True)
-    p = torch.softmax(score.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
-    return (p.to(q.dtype).to(wide) @ values).to(q.dtype)
+    """PyTorch's own, which has no sinks; causal is the same for as many queries as keys."""
+    assert sinks is None and (bias is None or mask is None)
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask if bias is None else bias, is_causal=causal, scale=scale,
+        enable_gqa=True,
+    )  # fmt: skip
 
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        chosen: str,
-    ) -> Tensor:
-        out: Tensor
-        out, highest, total = _forward(q, k, v, mask, causal, scale, chosen)
-        ctx.save_for_backward(q, k, v, mask, out, highest, total)
-        ctx.causal, ctx.scale, ctx.chosen = causal, scale, chosen
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, *rest = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
-            reference = partial(attention_reference, mask=mask, causal=ctx.causal, scale=ctx.scale)
-            return *differentiable_gradients(reference, dout, (q, k, v)), None, None, None, None
-        grads = _backward(
-            _rows(dout), q, k, v, mask, *rest, ctx.causal, ctx.scale, ctx.chosen
-        )  # fmt: skip
-        return *grads, None, None, None, None
-
-
-def _lowered(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-
-def _scale(q: Tensor, scale: float | None) -> float:
-    return max(q.shape[-1], 1) ** -0.5 if scale is None else scale
-
-
-def _rows(t: Tensor) -> Tensor:
-    """Any strides, but each row in one piece."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-    if not q.is_floating_point():
-        raise TypeError(f"attention: q must be floating point, got {q.dtype}")
-    for name, t in (("k", k), ("v", v)):
-        if t.dtype != q.dtype:
-            raise TypeError(f"attention: {name} must be {q.dtype} like q, got {t.dtype}")
-    if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(
-            f"attention: q, k and v must be [batch, heads, seq, dim], "
-            f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
-        )
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise ValueError(
-            f"attention: k must be [{q.shape[0]}, kv_heads, seq_k, {q.shape[3]}] for this q, "
-            f"got {list(k.shape)}"
-        )
-    if v.shape[:3] != k.shape[:3]:
-        sizes = ", ".join(map(str, k.shape[:3]))
-        raise ValueError(f"attention: v must be [{sizes}, v_dim] for this k, got {list(v.shape)}")
-    heads, kv_heads = q.shape[1], k.shape[1]
-    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
-        raise ValueError(
-            f"attention: heads of q must be a multiple of those of k, got {heads} and {kv_heads}"
-        )
-    for name, t in (("k", k), ("v", v)):
-        if t.device != q.device:
-            raise RuntimeError(f"attention: {name} must be on {q.device}, got {t.device}")
-    check_mask("attention", mask, (*q.shape[:3], k.shape[2]), q)
-
-
-def _too_wide(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | None:
-    widest, limit = max(q.shape[-1], v.shape[-1]), 256  # a tile in registers
-    return f"takes heads up to {limit} wide, got {widest}" if widest > limit else None
-
-
-BACKENDS = backends_of("attention", numba=takes_all, triton=_too_wide)
-
-
-def _same_layout(x: Tensor, cols: int) -> Tensor:
-    """What the kernels allocate: the dims in memory in the order of those of `x`."""
-    order = sorted(range(x.ndim - 1), key=x.stride, reverse=True)
-    size = (*x.shape[:-1], cols)
-    return torch.empty_permuted(size, (*order, x.ndim - 1), dtype=x.dtype, device=x.device)
-
-
-# What a row keeps of its softmax is the highest score, in units of log 2, and the sum of the powers
-# of two: lse = ln 2 highest + ln total. Lse alone, rounded to fp32, would make every probability of
-# the backward pass wrong by 2 eps or more.
-_forward = register(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale,"
-    " str backend) -> (Tensor out, Tensor highest, Tensor total)",
-    BACKENDS,
-    fake=lambda q, k, v, mask, causal, scale, backend: (
-        _same_layout(q, v.shape[-1]),
-        q.new_empty(q.shape[:-1], dtype=wide_dtype(q.dtype)),
-        q.new_empty(q.shape[:-1], dtype=wide_dtype(q.dtype)),
-    ),
-)
-_backward = register(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out,"
-    " Tensor highest, Tensor total, bool causal, float scale, str backend)"
-    " -> (Tensor dq, Tensor dk, Tensor dv)",
-    BACKENDS,
-    fake=lambda dout, q, k, v, mask, out, highest, total, causal, scale, backend: tuple(
-        _same_layout(t, t.shape[-1]) for t in (q, k, v)
-    ),
-)
-
-
-def _inputs(
-    batch: int,
-    heads: int,
-    kv_heads: int,
-    seq_q: int,
-    seq_k: int,
-    dim: int,
-    v_dim: int | None = None,
-    mask: str | None = None,
-    causal: bool = False,
-    *,
-    device: str,
-    dtype: torch.dtype,
-) -> Inputs:
-    """`mask` names the dims along which it varies, of "bhqk"; its first query attends to nothing,
-    or, where it is the same for all queries, not to the second half of the keys."""
-
-    def normal(heads: int, seq: int, dim: int) -> Tensor:
-        return torch.randn(batch, heads, seq, dim, device=device, dtype=dtype)
-
-    q, k = normal(heads, seq_q, dim), normal(kv_heads, seq_k, dim)
-    v = normal(kv_heads, seq_k, dim if v_dim is None else v_dim)
-    options: dict[str, Any] = {"causal": causal}
-    if mask is not None:
-        full = zip("bhqk", (batch, heads, seq_q, seq_k), strict=True)
-        allowed = torch.rand([n if name in mask else 1 for name, n in full], device=device) < 0.7
-        if "q" in mask:
-            allowed[:, :, 0] = False
-        else:
-            allowed[..., (seq_k + 1) // 2 :] = False
-        options["mask"] = allowed
-    return (q, k, v), options
-
-
-def _flops(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **options: Any) -> int:
-    seq_q, seq_k = q.shape[2], k.shape[2]
-    hidden = sum(min(i, seq_k) for i in range(seq_q)) if causal else 0
-    pairs = q.shape[0] * q.shape[1] * (seq_q * seq_k - hidden)
-    return 2 * pairs * (q.shape[-1] + v.shape[-1])
-
-
-_TINY = {"batch": 1, "heads": 2, "kv_heads": 1, "seq_q": 3, "seq_k": 4, "dim": 5}
 
 ATTENTION = declare(
     Op(
@@ -274,37 +216,24 @@ ATTENTION = declare(
         call=attention,
         reference=attention_reference,
         backends=BACKENDS,
-        inputs=_inputs,
-        sizes=[
-            _TINY,
-            _TINY | {"batch": 0},
-            _TINY | {"seq_k": 0},  # nothing to attend to
-            _TINY | {"seq_q": 1, "seq_k": 1, "dim": 1},
-            _TINY | {"heads": 6, "seq_q": 1, "seq_k": 79, "dim": 16},  # heads share the lanes
-            _TINY | {"seq_q": 64, "seq_k": 64, "dim": 64, "causal": True},  # whole blocks
-            _TINY | {"seq_q": 67, "seq_k": 131, "dim": 40, "v_dim": 16, "causal": True},
-            _TINY | {"seq_q": 131, "seq_k": 67, "dim": 24, "v_dim": 40, "causal": True},
-            _TINY | {"seq_q": 33, "seq_k": 65, "dim": 128},
-            _TINY | {"seq_q": 18, "seq_k": 33, "dim": 256},
-            _TINY | {"seq_q": 20, "seq_k": 40, "dim": 192, "v_dim": 128, "causal": True},
-            _TINY | {"batch": 2, "seq_q": 17, "seq_k": 135, "dim": 16, "mask": "bk"},  # padding
-            _TINY | {"batch": 2, "seq_q": 5, "seq_k": 20, "dim": 8, "mask": "hk"},
-            _TINY | {"batch": 2, "seq_q": 20, "seq_k": 33, "dim": 8, "mask": "bhqk"},
-            _TINY | {"seq_q": 20, "seq_k": 33, "dim": 8, "mask": "qk", "causal": True},
-            _TINY | {"batch": 2, "seq_q": 20, "seq_k": 33, "dim": 8, "mask": "bq"},
-        ],
-        workloads=[
-            {"batch": 1, "heads": 16, "kv_heads": 16, "seq_q": n, "seq_k": n, "dim": d, "causal": c}
-            for n, d, c in ((1024, 64, True), (1024, 128, True), (1024, 64, False))
-        ],
-        bytes_moved=lambda q, k, v, **options: (
-            q.nbytes + k.nbytes + v.nbytes + q.nbytes // q.shape[-1] * v.shape[-1]
-        ),
-        flops=_flops,
-        native=lambda q, k, v, mask=None, causal=False, scale=None: (
-            torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
-            )
-        ),
+        inputs=inputs,
+        sizes=SIZES,
+        workloads=WORKLOADS,
+        bytes_moved=bytes_moved,
+        flops=flops,
+        native=_native,
+    )
+)
+WITH_LSE = declare(
+    Op(
+        name="attention_with_lse",
+        call=attention_with_lse,
+        reference=reference_of,
+        backends=BACKENDS,
+        inputs=inputs,
+        sizes=LSE_SIZES,
+        workloads=WORKLOADS[:1],
+        bytes_moved=bytes_moved,
+        flops=flops,
     )
 )
