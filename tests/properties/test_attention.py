@@ -5,49 +5,15 @@ from fractions import Fraction
 
 import pytest
 import torch
+from attention_cases import EVERY, able, inputs, near, with_gradients, zeros
+from cases import DEVICE
 
 from tilewise import attention, attention_with_lse, merge_attention
 from tilewise.choice import refusal
 from tilewise.ops.attention import ATTENTION, attention_reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # log2(e) to 45 digits
 LOG2_E = Decimal("1.44269504088896340735992468100189213742664595")
-EVERY = pytest.mark.parametrize("backend", [*ATTENTION.backends, "reference"])
-
-
-def inputs(seq_q, seq_k, *, batch=2, heads=2, kv_heads=1, dim=8, v_dim=8, dtype=torch.float32):
-    """q, k and v, each laid out in its own way: a swapped stride must not go unseen."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
-
-    q = normal(batch, seq_q, heads, dim).transpose(1, 2)
-    k = normal(kv_heads, batch, seq_k + 3, dim)[:, :, 3:].transpose(0, 1)
-    v = normal(batch, kv_heads, seq_k, v_dim + 5)[..., 5:]
-    return q, k, v
-
-
-def able(backend, q, k, v):
-    if backend != "reference" and (no := refusal(ATTENTION.backends[backend], q, k, v)):
-        pytest.skip(f"{backend}: {no[1]}")
-
-
-def with_gradients(backend, q, k, v, **options):
-    """out, dq, dk, dv; the gradient that comes back is laid out in yet another way."""
-    able(backend, q, k, v)
-    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-    out = attention(*leaves, **options, backend=backend)
-    cotangent = torch.linspace(-1, 1, out.numel(), device=out.device).to(out.dtype)
-    cotangent = cotangent.view(out.shape[2], *out.shape[:2], out.shape[3]).permute(1, 2, 0, 3)
-    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
-
-
-def near(ours, expected):
-    """Both are sums of fewer than 200 terms below 8 in size, in another order."""
-    for a, b in zip(ours, expected, strict=True):
-        assert (a - b).abs().max() <= 200 * 8 * torch.finfo(a.dtype).eps
 
 
 @EVERY
@@ -185,10 +151,6 @@ def test_the_reference_is_the_function_of_torch():
     for options in ({}, {"causal": True}, {"mask": mask | torch.eye(6, dtype=bool, device=DEVICE)}):
         native = ATTENTION.native(q, k, v, **options)
         torch.testing.assert_close(attention_reference(q, k, v, **options), native)
-
-
-def zeros(*shape, dtype=torch.float32, device=DEVICE):
-    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 REFUSED = {
