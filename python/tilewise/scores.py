@@ -25,12 +25,18 @@ def check_mask(op: str, mask: Tensor | None, shape: Sequence[int], like: Tensor)
     _check_spread(op, "mask", mask, shape, like)
 
 
+def check_dtype(op: str, name: str, t: Tensor, like: Tensor) -> None:
+    """Refuse what neither has the dtype of `like` nor is fp32."""
+    allowed = dict.fromkeys((like.dtype, torch.float32))
+    if t.dtype not in allowed:
+        raise TypeError(f"{op}: {name} must be {' or '.join(map(str, allowed))}, got {t.dtype}")
+
+
 def check_bias(op: str, bias: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
     """Refuse what is no bias of scores of this shape, which lie where `like` does."""
     if bias is None:
         return
-    if bias.dtype not in (like.dtype, torch.float32):
-        raise TypeError(f"{op}: bias must be {like.dtype} or torch.float32, got {bias.dtype}")
+    check_dtype(op, "bias", bias, like)
     _check_spread(op, "bias", bias, shape, like)
 
 

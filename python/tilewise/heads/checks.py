@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tilewise.heads.formula import Window
 from tilewise.op import needs_gradient, wide_dtype
-from tilewise.scores import check_bias, check_mask, check_softcap
+from tilewise.scores import check_bias, check_dtype, check_mask, check_softcap
 
 
 def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -98,8 +98,7 @@ def _check_slopes(op: str, alibi_slopes: Tensor, q: Tensor) -> None:
 
 
 def _check_sinks(op: str, sinks: Tensor, q: Tensor) -> None:
-    if sinks.dtype not in (q.dtype, torch.float32):
-        raise TypeError(f"{op}: sinks must be {q.dtype} or torch.float32, got {sinks.dtype}")
+    check_dtype(op, "sinks", sinks, q)
     if sinks.shape != q.shape[1:2]:
         raise ValueError(f"{op}: sinks must be [{q.shape[1]}] for this q, got {list(sinks.shape)}")
     if sinks.device != q.device:
