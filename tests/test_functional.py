@@ -8,7 +8,8 @@ import torch
 from cases import DEVICE
 from test_ops import ops_called
 
-from tilewise import functional
+import tilewise
+from tilewise import explain, functional
 from tilewise.check import compare
 
 F = torch.nn.functional
@@ -72,7 +73,13 @@ CASES = [
             ([(2, 4, 5, 8), (2, 4, 6, 8), (2, 4, 6, 8)], {"attn_mask": MASK}, True),
             ([(3, 5, 8), (3, 6, 8), (3, 6, 8)], {"attn_mask": MASK}, True),
             ([(2, 3, 2, 5, 8), (2, 3, 2, 6, 8), (2, 3, 2, 6, 8)], {}, True),
-            ([(2, 4, 5, 8), (2, 4, 6, 8), (2, 4, 6, 8), (5, 6)], {}, False),  # a bias
+            ([(2, 4, 5, 8), (2, 4, 6, 8), (2, 4, 6, 8), (5, 6)], {}, "bias"),
+            ([(3, 5, 8), (3, 6, 8), (3, 6, 8), (3, 5, 6)], {}, "bias"),
+            ([(3, 5, 8), (3, 6, 8), (3, 6, 8), (1, 6)], {}, "bias"),
+            ([(2, 3, 2, 5, 8), (2, 3, 2, 6, 8), (2, 3, 2, 6, 8), (3, 1, 5, 6)], {}, "bias"),
+            ([(2, 3, 2, 5, 8), (2, 3, 2, 6, 8), (2, 3, 2, 6, 8), (2, 1, 1, 1, 6)], {}, "bias"),
+            ([(2, 3, 2, 5, 8), (2, 3, 2, 6, 8), (2, 3, 2, 6, 8), (1, 1, 2, 5, 6)], {}, "bias"),
+            ([(2, 4, 5, 8), (1, 4, 6, 8), (1, 4, 6, 8)], {}, False),  # a batch to be broadcast
         ]
     ),
 ]
@@ -147,6 +154,9 @@ def test_values_and_gradients(name, shapes, options, ours, dtype):
 def test_our_op_runs_where_it_can(name, shapes, options, ours):
     tensors, options = made(shapes, options, torch.float32)
     seen = ops_called(lambda: called(name, functional, tensors, options))
+    if ours == "bias":  # if one of our kernels takes any
+        ones = torch.ones(4, 1, 1, 1, 1, device=DEVICE)
+        ours = explain("attention", *ones)["reference"] != "chosen"
     assert bool(seen) == ours
 
 
@@ -200,13 +210,30 @@ def test_integers_are_cast_first():
     torch.testing.assert_close(y, F.softmax(x, 0, dtype=torch.float32))
 
 
-def test_dropout_is_that_of_torch():
-    q = torch.randn(1, 2, 64, 8, device=DEVICE)
-    answers = []
-    for module in (functional, F):
-        torch.manual_seed(0)
-        answers.append(module.scaled_dot_product_attention(q, q, q, dropout_p=0.5))
-    assert torch.equal(*answers)
+@pytest.mark.parametrize("shapes", [((2, 2, 5, 8), (5, 6)), ((3, 5, 8), (3, 1, 6))], ids=str)
+def test_dropout_is_ours_by_the_generator_of_torch(shapes):
+    shape, wide = shapes
+    q, bias = torch.randn(shape, device=DEVICE), torch.randn(wide, device=DEVICE)
+    k = torch.randn(*shape[:-2], 6, 8, device=DEVICE)
+    heads = (t.unsqueeze(1) if len(shape) == 3 else t for t in (q, k, k))
+    added = bias.unsqueeze(1) if len(shape) == 3 else bias
+    torch.manual_seed(0)
+    ours = functional.scaled_dot_product_attention(q, k, k, bias, 0.5)
+    torch.manual_seed(0)
+    assert torch.equal(ours, tilewise.attention(*heads, added, dropout_p=0.5).view(shape))
+    assert not torch.equal(ours, functional.scaled_dot_product_attention(q, k, k, bias, 0.5))
+
+
+def test_what_torch_refuses_is_refused():
+    q = torch.randn(2, 2, 5, 8, device=DEVICE)
+    attend, rule = functional.scaled_dot_product_attention, torch.ones(5, 5, device=DEVICE)
+    for wrong in (rule, rule.bool()):
+        with pytest.raises(RuntimeError, match="attn_mask must be None if is_causal, got both"):
+            attend(q, q, q, wrong, is_causal=True)
+    with pytest.raises(RuntimeError, match="attn_mask dtype"):
+        attend(q, q, q, rule.double())
+    with pytest.raises(RuntimeError, match="dropout"):
+        attend(q, q, q, dropout_p=1.5)
 
 
 def test_grouped_heads_must_be_asked_for():

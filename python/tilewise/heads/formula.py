@@ -106,16 +106,19 @@ def weights(
     return dropped(p, dropout_p, seed, offset) if dropout_p else p, lse
 
 
+def averaged(p: Tensor, q: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The values by the `weights` of the queries, which are rounded to the dtype of `q` before they
+    multiply `v`, as in any tensor-core kernel."""
+    values = _visible(_with_heads(v.to(p.dtype), q), mask)
+    return (p.to(q.dtype).to(p.dtype) @ values).to(q.dtype)
+
+
 def attended(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    """out and lse of the arguments of `weights`, in their order, and `v`.
-
-    Weights are rounded to the dtype of `q` before they multiply `v`, as in any tensor-core kernel.
-    """
+    """out and lse of the arguments of `weights`, in their order, and `v`."""
     p, lse = weights(q, k, mask, *options)
-    values = _visible(_with_heads(v.to(p.dtype), q), mask)
-    return (p.to(q.dtype).to(p.dtype) @ values).to(q.dtype), lse
+    return averaged(p, q, v, mask), lse
 
 
 def _with_heads(t: Tensor, q: Tensor) -> Tensor:

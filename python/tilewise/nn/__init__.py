@@ -1,5 +1,6 @@
 """Modules: parameters and one op call each, state_dict-compatible with torch.nn."""
 
+from tilewise.nn.attention import MultiheadAttention
 from tilewise.nn.cross_entropy import CrossEntropyLoss
 from tilewise.nn.dropout_add import DropoutAdd
 from tilewise.nn.embed import Embedding, InputEmbedding
@@ -24,6 +25,7 @@ __all__ = [
     "LayerNorm",
     "LinearCrossEntropyLoss",
     "LogSoftmax",
+    "MultiheadAttention",
     "PackedGLU",
     "QKNormRotary",
     "RMSNorm",
