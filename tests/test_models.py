@@ -279,6 +279,7 @@ def test_every_dropout_of_ours_is_that_of_training(build, sequences, ops):
         given = [
             dict(zip((a.name for a in function._schema.arguments), arguments, strict=True))
             for function, arguments in seen
+            if "attention" not in function.name()  # of which the models drop nothing
         ]
         rates = [each["dropout_p"] for each in given if "dropout_p" in each]
         dropping = sum(count for op, count in ops.items() if op == "embed" or "add_" in op)

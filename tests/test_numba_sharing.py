@@ -137,6 +137,11 @@ LARGE = {
     "embed": {"batch": 8, "seq": 40, "vocab": 9, "cols": 200, "positions": 40, "norm": "like x",
               "dropout": 0.1},
     **{name: {"rows": 300, "cols": 200} for name in NORMS},
+    **{
+        name: {"batch": 2, "heads": 4, "kv_heads": 2, "seq_q": 150, "seq_k": 300, "dim": 8,
+               "causal": True}
+        for name in ("attention", "attention_with_lse")
+    },
 }  # fmt: skip
 
 
