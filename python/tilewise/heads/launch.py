@@ -25,6 +25,9 @@ from tilewise.rng import as_arguments, seed_and_offset
 # --- What PyTorch sees.
 
 
+_OPTIONS = ("bias", "sinks", "window", "alibi_slopes", "softcap", "dropout")
+
+
 def _refusing(lacks: tuple[str, ...], widest: int | None = None) -> Callable[..., str | None]:
     """The `refuses` of a backend without some options, whose heads are at most so wide."""
 
@@ -42,18 +45,14 @@ def _refusing(lacks: tuple[str, ...], widest: int | None = None) -> Callable[...
         dropout_p: float = 0.0,
         **taken: Any,
     ) -> str | None:
-        left, right = limits(causal, window)
-        given = {
-            "bias": bias is not None,
-            "sinks": sinks is not None,
-            "window": left >= 0 or right > 0,
-            "alibi_slopes": alibi_slopes is not None,
-            "softcap": softcap is not None,
-            "dropout": dropout_p > 0,
-        }
-        for name in lacks:
-            if given[name]:
-                return f"takes no {name}"
+        none = bias is None and sinks is None and window is None
+        if not none or alibi_slopes is not None or softcap is not None or dropout_p:
+            left, right = limits(causal, window)
+            seen = None if left < 0 and right <= 0 else window
+            given = (bias, sinks, seen, alibi_slopes, softcap, dropout_p or None)
+            for name, option in zip(_OPTIONS, given, strict=True):
+                if option is not None and name in lacks:
+                    return f"takes no {name}"
         wide = max(q.shape[-1], v.shape[-1])
         if widest is not None and wide > widest:
             return f"takes heads up to {widest} wide, got {wide}"
@@ -62,7 +61,6 @@ def _refusing(lacks: tuple[str, ...], widest: int | None = None) -> Callable[...
     return refuses
 
 
-_OPTIONS = ("bias", "sinks", "window", "alibi_slopes", "softcap", "dropout")
 BACKENDS = backends_of(
     "attention",
     numba=_refusing(_OPTIONS),
