@@ -34,9 +34,10 @@ HEIGHT = np.int64(4 if X86 and LANES < 16 else 8)
 SET, ADD = np.int64(0), np.int64(1)
 UNIT = np.int64(1)
 
-# A sum of products is taken in chains of this many: one long chain is wrong by the root of its
-# length. Chains of 64 are 2 % faster, but dq at D128 was then 1.6 x what the rule allows (fp32).
-CHAIN = np.int64(32)
+# A sum of products is taken in chains of at most so many, and two at least: one long chain is wrong
+# by the root of its length. Dq in fp32 was up to 1.6 x what the rule allows with chains of 64 (D128,
+# 2 % faster), and 1.7 x with chains of 32 where a key had most of a row. Of 8 they take 4 % more.
+CHAIN = np.int64(16)
 
 
 @intrinsic
@@ -186,11 +187,12 @@ def multiply(c, c_stride, a, a_row, a_step, b, b_stride, rows, cols, depth, old)
     A[i, k] is `a[i * a_row + k * a_step]`. `rows` is a multiple of HEIGHT, `cols` of the lanes.
     """
     once()
-    for chain in range((depth + CHAIN - 1) // CHAIN):
-        start = chain * CHAIN
+    longest = min(CHAIN, (depth + 1) // 2)
+    for chain in range((depth + longest - 1) // max(longest, 1)):
+        start = chain * longest
         _multiply_chain(
             c, c_stride, offset(a, start * a_step), a_row, a_step,
-            offset(b, start * b_stride), b_stride, rows, cols, min(CHAIN, depth - start),
+            offset(b, start * b_stride), b_stride, rows, cols, min(longest, depth - start),
             old if chain == 0 else ADD,
         )  # fmt: skip
 

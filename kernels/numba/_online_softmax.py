@@ -92,6 +92,11 @@ def _emit_larger(builder, x, y):
     return builder.select(builder.fcmp_ordered(">", x, y), x, y)
 
 
+def _plus(builder, x, y):
+    """The sum of these two: by its flag it stays where it is in a tree."""
+    return builder.fadd(x, y, flags=("nsz",))
+
+
 def _accumulator(builder, value):
     """A vector that LLVM keeps in a register through a loop."""
     slot = cgutils.alloca_once(builder, value.type)
@@ -133,19 +138,20 @@ def softmax_columns(typing_context, scores, stride, keys, factor, highest, total
             store_vector(builder, p, scores, place)
             return p
 
-        # Sums of a few are summed, and those of a tile: a long sum is wrong by the root of its
-        # length, and what is wrong here is wrong for all keys alike.
+        # Pairs of a few are summed, those of a tile, and those of tiles: a long sum is wrong by the
+        # root of its length, and what is wrong here is wrong for all keys alike.
         few = builder.sdiv(keys, INT64(_FEW))
         with cgutils.for_range(builder, few) as loop:
             row = builder.mul(loop.index, INT64(_FEW))
-            some = power(row)
-            for i in range(1, _FEW):
-                some = builder.fadd(some, power(builder.add(row, INT64(i))))
-            builder.store(builder.fadd(builder.load(total), some), total)
-        summed = builder.mul(few, INT64(_FEW))
+            some = [power(builder.add(row, INT64(i))) for i in range(_FEW)]
+            while len(some) > 1:
+                some = [_plus(builder, *two) for two in zip(some[::2], some[1::2], strict=True)]
+            builder.store(_plus(builder, builder.load(total), *some), total)
+        summed, some = builder.mul(few, INT64(_FEW)), _accumulator(builder, constant(vector, 0))
         with cgutils.for_range(builder, builder.sub(keys, summed)) as loop:
             p = power(builder.add(summed, loop.index))
-            builder.store(builder.fadd(builder.load(total), p), total)
+            builder.store(_plus(builder, builder.load(some), p), some)
+        builder.store(_plus(builder, builder.load(total), builder.load(some)), total)
 
         store_vector(builder, now, highest_at)
         store_vector(builder, builder.fadd(seen_before, builder.load(total)), total_at)
@@ -167,8 +173,7 @@ def softmax_gradient(typing_context, scores, dp, stride, keys, factor, highest, 
         part, delta = load_vector(builder, part), load_vector(builder, delta)
         with cgutils.for_range(builder, keys) as loop:
             place = builder.mul(loop.index, stride)
-            x = load_vector(builder, scores, place)
-            p = _emit_power(builder, x, factor, base)
+            p = _emit_power(builder, load_vector(builder, scores, place), factor, base)
             p = builder.fmul(p, part)
             store_vector(builder, p, scores, place)
             ds = builder.fmul(p, builder.fsub(load_vector(builder, dp, place), delta))
@@ -180,39 +185,30 @@ def softmax_gradient(typing_context, scores, dp, stride, keys, factor, highest, 
 
 
 @intrinsic
-def hide_later(typing_context, scores, stride, keys, limit):
-    """Set -inf where the row of the tile is not below the lane's `limit`, a whole number."""
+def softmax_gradient_alone(typing_context, scores, dp, stride, keys, factor, highest, part, less):
+    """`softmax_gradient` where these are all the keys of the queries: delta is the sum of p * dp,
+    of the very numbers that it is taken from, minus `less`."""
 
     def emit(context, builder, signature, args):
-        scores, stride, keys, limit = args
-        scalar = scores.type.pointee
-        limit, hidden = load_vector(builder, limit), constant(vector_of(scalar), float("-inf"))
-        row = _accumulator(builder, constant(vector_of(scalar), 0))
+        scores, dp, stride, keys, factor, highest, part, less = args
+        vector = vector_of(scores.type.pointee)
+        factor = _emit_factor(builder, factor, vector)
+        base, part = load_vector(builder, highest), load_vector(builder, part)
+        dot = _accumulator(builder, constant(vector, 0))
         with cgutils.for_range(builder, keys) as loop:
             place = builder.mul(loop.index, stride)
-            seen = builder.fcmp_ordered("<", builder.load(row), limit)
-            x = load_vector(builder, scores, place)
-            store_vector(builder, builder.select(seen, x, hidden), scores, place)
-            one = constant(vector_of(scalar), 1)
-            builder.store(builder.fadd(builder.load(row), one), row)
-        return context.get_dummy_value()
-
-    i = types.int64
-    return types.void(scores, i, i, scores), emit
-
-
-@intrinsic
-def scale_columns(typing_context, sums, stride, rows, factor):
-    """sums[rows, lanes] *= factor[lanes], for one vector of queries."""
-
-    def emit(context, builder, signature, args):
-        sums, stride, rows, factor = args
-        factor = load_vector(builder, factor)
-        with cgutils.for_range(builder, rows) as loop:
+            p = _emit_power(builder, load_vector(builder, scores, place), factor, base)
+            p = builder.fmul(p, part)
+            store_vector(builder, p, scores, place)
+            term = builder.fmul(p, load_vector(builder, dp, place))
+            builder.store(builder.fadd(builder.load(dot), term), dot)
+        delta = builder.fsub(builder.load(dot), load_vector(builder, less))
+        with cgutils.for_range(builder, keys) as loop:
             place = builder.mul(loop.index, stride)
-            scaled = builder.fmul(load_vector(builder, sums, place), factor)
-            store_vector(builder, scaled, sums, place)
+            ds = builder.fsub(load_vector(builder, dp, place), delta)
+            ds = builder.fmul(load_vector(builder, scores, place), ds)
+            store_vector(builder, ds, dp, place)
         return context.get_dummy_value()
 
     i = types.int64
-    return types.void(sums, i, i, sums), emit
+    return types.void(scores, scores, i, i, factor, scores, scores, scores), emit

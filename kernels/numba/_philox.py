@@ -16,28 +16,33 @@ KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 INT32, INT64, FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
+def _full(t, number):
+    """A number of this type, in every lane if it is a vector."""
+    return ir.Constant(t, [number] * t.count if isinstance(t, ir.VectorType) else number)
+
+
 def _low(builder, value):
-    return builder.and_(value, INT64(0xFFFFFFFF))
+    return builder.and_(value, _full(value.type, 0xFFFFFFFF))
 
 
 def _high(builder, value):
-    return builder.lshr(value, INT64(32))
+    return builder.lshr(value, _full(value.type, 32))
 
 
 def emit_philox(builder, seed, offset, row, group):
-    """The four words, each in the low half of an i64."""
+    """The four words, each in the low half of an i64, or of those of a vector."""
     a, b, c, d = (
         _low(builder, group), _low(builder, row), _low(builder, offset), _high(builder, offset),
     )  # fmt: skip
     low, high = _low(builder, seed), _high(builder, seed)
     for _ in range(ROUNDS):
-        from_a = builder.mul(a, INT64(MULTIPLIERS[0]))
-        from_c = builder.mul(c, INT64(MULTIPLIERS[1]))
+        from_a = builder.mul(a, _full(a.type, MULTIPLIERS[0]))
+        from_c = builder.mul(c, _full(a.type, MULTIPLIERS[1]))
         a = builder.xor(builder.xor(_high(builder, from_c), b), low)
         c = builder.xor(builder.xor(_high(builder, from_a), d), high)
         b, d = _low(builder, from_c), _low(builder, from_a)
-        low = _low(builder, builder.add(low, INT64(KEY_STEPS[0])))
-        high = _low(builder, builder.add(high, INT64(KEY_STEPS[1])))
+        low = _low(builder, builder.add(low, _full(a.type, KEY_STEPS[0])))
+        high = _low(builder, builder.add(high, _full(a.type, KEY_STEPS[1])))
     return a, b, c, d
 
 

@@ -1,18 +1,14 @@
-"""Tiles of a tensor in scratch, padded with zeros, and what may not be seen of a tile of scores."""
-
-import math
+"""Tiles of a tensor in scratch, padded with zeros."""
 
 import numpy as np
-from torch import Tensor
 
-from tilewise.kernels.numba._matmul import HEIGHT, LANES, lanes, once
-from tilewise.kernels.numba._online_softmax import hide_later
+from tilewise.kernels.numba._matmul import HEIGHT, LANES, once
 from tilewise.kernels.numba._parallel import callee
-from tilewise.kernels.numba._shared import broadcast_strides
-from tilewise.kernels.numba._simd import address, load, offset, pointer, real, store
+from tilewise.kernels.numba._simd import load, offset, pointer, real, store
 
 ROUND = max(LANES, int(HEIGHT))  # to which sizes are padded in scratch
 FLAG = np.uint8(0)
+END = np.int32(0)
 NONE = np.int64(0)  # the address of no mask
 
 
@@ -21,11 +17,6 @@ def rounded(size: int) -> int:
 
 
 padded = callee(rounded)
-
-
-@callee
-def start_of(strides, batch, head):
-    return batch * strides[0] + head * strides[1]
 
 
 @callee
@@ -66,48 +57,10 @@ def fill(to, size):
 
 
 @callee
-def _hide_masked(scores, stride, keys, mask_at, mask_key):
-    mask = pointer(mask_at, FLAG)
-    for i in range(keys):
-        if load(mask, i * mask_key) == 0:
-            store(scores, i * stride, real(scores, -math.inf))
-
-
-@callee
-def hide(
-    scores, stride, limits, cols, rows, first_row, first_key, keys, seq_q, seq_k,
-    causal, mask_at, mask_strides,
-):  # fmt: skip
-    """Set -inf where causality or the mask hides a key from the query of a lane.
-
-    Lanes are rows `first_row`, ... of the heads that share a key, each of `seq_q` queries.
-    """
-    once()
-    width = lanes(scores)
-    _, mask_head, mask_query, mask_key = mask_strides
-    lowest = first_row % seq_q
-    if lowest + rows > seq_q:
-        lowest = 0
-    query, head = first_row % seq_q, first_row // seq_q
-    if causal and first_key + keys > lowest + seq_k - seq_q + 1:
-        for j in range(cols):
-            visible = query + seq_k - seq_q + 1 - first_key
-            store(limits, j, real(limits, min(max(visible, 0), keys)))
-            query = query + 1 if query + 1 < seq_q else 0
-        for vector in range(cols // width):
-            j = vector * width
-            hide_later(offset(scores, j), stride, keys, offset(limits, j))
-    if mask_at:
-        query = first_row % seq_q
-        for j in range(rows):
-            start = head * mask_head + query * mask_query + first_key * mask_key
-            _hide_masked(offset(scores, j), stride, keys, mask_at + start, mask_key)
-            query += 1
-            if query == seq_q:
-                query, head = 0, head + 1
-
-
-def mask_options(mask: Tensor | None) -> tuple[int, tuple[int, ...], int]:
-    """Its address, its strides with 0 along broadcast dims, and whether it only hides padding."""
-    padding = mask is not None and mask.shape[2] == 1
-    return address(mask), broadcast_strides(mask), int(padding)
+def span_of(ends_at, batch, longest):
+    """Where a packed sequence begins, and its rows; all `longest` from 0 on without `ends`."""
+    if ends_at == 0:
+        return np.int64(0), np.int64(longest)
+    ends = pointer(ends_at, END)
+    first, end = np.int64(load(ends, batch)), np.int64(load(ends, batch + 1))
+    return first, min(max(end - first, np.int64(0)), np.int64(longest))

@@ -99,11 +99,21 @@ def weights(
     offset: Tensor | int,
 ) -> tuple[Tensor, Tensor]:
     """By what each value is multiplied, in the dtype of the arithmetic, and lse."""
-    q, k = (t.to(wide_dtype(t.dtype)) for t in (q, k))
+    dtype = q.dtype
+    q, k = (t.to(wide_dtype(dtype)) for t in (q, k))
     k = _visible(_with_heads(k, q), mask)
     s = scores(q, k, mask, bias, alibi_slopes, left, right, softcap, scale)
+    s = _with_rounded_gradient(s, dtype)
     p, lse = probabilities(s, sinks)
     return dropped(p, dropout_p, seed, offset) if dropout_p else p, lse
+
+
+def _with_rounded_gradient(s: Tensor, dtype: torch.dtype) -> Tensor:
+    """`s`, whose gradient is rounded to `dtype`, as where it is an operand of tensor cores."""
+    if dtype == s.dtype:
+        return s
+    rounded = s.detach() + (s - s.detach()).to(dtype).to(s.dtype)  # of 0, but not of a gradient
+    return torch.where(s.isfinite(), rounded, s)
 
 
 def averaged(p: Tensor, q: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from tilewise.op import (
     differentiable_gradients,
     needs_gradient,
     register,
+    takes_all,
     transforming,
     wide_dtype,
 )
@@ -63,7 +64,7 @@ def _refusing(lacks: tuple[str, ...], widest: int | None = None) -> Callable[...
 
 BACKENDS = backends_of(
     "attention",
-    numba=_refusing(_OPTIONS),
+    numba=takes_all,
     triton=_refusing(_OPTIONS, widest=256),  # a tile in registers
 )
 
@@ -171,13 +172,38 @@ class _Attention(torch.autograd.Function):
             dq, dk, dv, dbias, dsinks = differentiable_gradients(reference, douts, differentiable)
             return dq, dk, dv, None, dbias, None, dsinks, *rest
         wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4, 6)]
+        flat = wanted[3] and bias.shape[3] == 1
+        asked = [*wanted[:3], wanted[3] and not flat, wanted[4]]
         grads = _backward(
             _rows(dout), None if dlse is None else dlse.contiguous(),
             q, k, v, mask, bias, slopes, sinks, *results,
-            *ctx.numbers, seeds, offsets, seed, offset, *wanted, ctx.chosen,
+            *ctx.numbers, seeds, offsets, seed, offset, *asked, ctx.chosen,
         )  # fmt: skip
         dq, dk, dv, dbias, dsinks = (g if w else None for g, w in zip(grads, wanted, strict=True))
+        if flat:
+            dbias = _flat_gradient(dout, dlse, bias, sinks, *results)
         return dq, dk, dv, None, dbias, None, dsinks, *rest
+
+
+def _flat_gradient(
+    dout: Tensor,
+    dlse: Tensor | None,
+    bias: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    highest: Tensor,
+    total: Tensor,
+) -> Tensor:
+    """The gradient of a bias that is the same for all keys of a query: without a sink it moves
+    nothing but lse. With p the part of the sink, it is p sum(dout out) + (1 - p) dlse."""
+    lse = _lse(highest, total)
+    rows = torch.zeros_like(lse) if dlse is None else dlse
+    if sinks is not None:
+        part = torch.exp(sinks.to(lse.dtype)[:, None] - lse).nan_to_num(0.0)
+        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        rows = part * delta + (1 - part) * rows
+    rows = rows.masked_fill(total == 0, 0.0)
+    return rows[..., None].sum_to_size(bias.shape).to(bias.dtype)
 
 
 def _lse(highest: Tensor, total: Tensor) -> Tensor:

@@ -1,0 +1,229 @@
+"""Attention, forward: a block of queries on the lanes of vectors, keys and values tile by tile.
+
+The scores lie transposed, a key a row: keys and values are then read as they lie in memory and the
+softmax never crosses lanes. Tiles are copied to fp32 scratch, one set a thread, where dims and keys
+are padded with zeros and hidden keys are zeros too, so that a NaN behind padding meets no product.
+"""
+
+import math
+
+import numpy as np
+
+from tilewise.kernels.numba._columns import keep_columns, scale_columns
+from tilewise.kernels.numba._dropout import ANY
+from tilewise.kernels.numba._matmul import (
+    HEIGHT,
+    PANEL,
+    SET,
+    UNIT,
+    lanes,
+    multiply,
+    once,
+    transpose,
+)
+from tilewise.kernels.numba._online_softmax import softmax_columns
+from tilewise.kernels.numba._parallel import Kernel, callee, take
+from tilewise.kernels.numba._rules import (
+    BLOCK,
+    DROPOUT,
+    HIGHEST,
+    KEYS,
+    LINES,
+    MASK,
+    RESCALE,
+    TOTAL,
+    end_seen,
+    first_seen,
+    make_scores,
+    mark_dropped,
+    place_of,
+)
+from tilewise.kernels.numba._simd import INTEGER, load, offset, pointer, real, store
+from tilewise.kernels.numba._tiles import (
+    NONE,
+    fill,
+    padded,
+    read_rows,
+    read_tile,
+    rounded,
+    span_of,
+)
+
+
+def scratch_of(dim: int, v_dim: int) -> int:
+    """Elements of scratch a thread needs."""
+    width, v_width = rounded(dim), rounded(v_dim)
+    stage = int(PANEL) * max(width, v_width, int(KEYS))
+    return int((BLOCK + KEYS) * (width + v_width) + 2 * KEYS * PANEL + (LINES + 2) * BLOCK + stage)
+
+
+@callee
+def _read_queries(q_t, stage, q, dim, row, rows, seq_q, sign, strides):
+    """Transpose a block of queries."""
+    once()
+    width = padded(dim)
+    for panel in range((rows + PANEL - 1) // PANEL):
+        start = panel * PANEL
+        for i in range(PANEL):
+            place = row + start + i
+            x = offset(q, place_of(strides, 0, place // seq_q, place % seq_q))
+            y, there = offset(stage, i * width), 1 if start + i < rows else 0
+            read_rows(y, width, x, width, there, UNIT, dim, sign, NONE, NONE)
+        transpose(offset(q_t, start * width), PANEL, stage, width, PANEL, width)
+
+
+@callee
+def _begin(stats, sinks, with_sinks, factor, head, row, rows, seq_q):
+    """Begin the sums of a block: with the sinks, or with nothing.
+
+    A sink's own term is 1 but for the second part of the factor, which the base leaves out.
+    """
+    for i in range((rows + PANEL - 1) // PANEL * PANEL):
+        highest, total = real(stats, -math.inf), real(stats, 0)
+        if with_sinks and i < rows:
+            highest = load(sinks, head + (row + i) // seq_q)
+            rest = np.float64(highest) * np.float64(factor[1]) * math.log(2)
+            total = real(stats, 0.0 if highest == real(stats, -math.inf) else 1.0 + rest)
+        store(stats, HIGHEST + i, highest)
+        store(stats, TOTAL + i, total)
+
+
+@callee
+def _write_block(out, highest, total, stage, out_t, stats, cols, row, rows, seq_q, factor, strides):
+    """Divide by the sums and store; rows that saw no key are 0. `strides`: of out, then of both
+    statistics."""
+    once()
+    width, zero = padded(cols), real(stats, 0)
+    out_strides, strides = strides
+    for i in range(rows):
+        if i % PANEL == 0:
+            transpose(stage, width, offset(out_t, i * width), PANEL, width, PANEL)
+        head, query = (row + i) // seq_q, (row + i) % seq_q
+        y = offset(out, place_of(out_strides, 0, head, query))
+        x, z = offset(stage, i % PANEL * width), load(stats, TOTAL + i)
+        place = place_of(strides, 0, head, query)
+        store(highest, place, load(stats, HIGHEST + i) * factor[0])
+        store(total, place, z)
+        if z == zero:
+            for j in range(cols):
+                store(y, j, zero)
+        else:
+            r = 1.0 / np.float64(z)  # in fp32 it would be wrong for the whole row alike
+            for j in range(cols):
+                store(y, j, real(stats, np.float64(load(x, j)) * r))
+
+
+@callee
+def _attend(
+    q_t, out_t, k_tile, v_tile, scores, tile, stage, stats, counters, dim, v_dim,
+    batch, head, heads, row, rows, first, keys, seq_q, seq_k, max_q, factor, rules, old,
+):  # fmt: skip
+    """Let a block of queries attend to one tile of keys, `first` and the next."""
+    once()
+    width, v_width, step = padded(dim), padded(v_dim), lanes(scores)
+    rescale = offset(stats, RESCALE)
+    tall = (keys + HEIGHT - 1) // HEIGHT * HEIGHT
+    for panel in range((rows + PANEL - 1) // PANEL):
+        start = panel * PANEL
+        used = min(PANEL, rows - start)
+        cols = (used + step - 1) // step * step
+        sums = offset(out_t, start * v_width)
+        panel_q, panel_stats = offset(q_t, start * width), offset(stats, start)
+        multiply(scores, PANEL, k_tile, width, UNIT, panel_q, PANEL, tall, cols, dim, SET)
+        make_scores(
+            scores, PANEL, tile, tile, stage, panel_stats, rules, batch, head, row + start, used,
+            cols, first, keys, seq_q, seq_k,
+        )  # fmt: skip
+        for vector in range(cols // step):
+            j = vector * step
+            softmax_columns(
+                offset(scores, j), PANEL, keys, factor, offset(panel_stats, HIGHEST + j),
+                offset(panel_stats, TOTAL + j), offset(rescale, j),
+            )  # fmt: skip
+            if old != SET:
+                scale_columns(offset(sums, j), PANEL, v_width, offset(rescale, j))
+        if rules[DROPOUT][ANY]:
+            mark_dropped(
+                tile, PANEL, counters, rules, batch, head, heads, row + start, used, cols, first,
+                keys, seq_q, max_q,
+            )  # fmt: skip
+            for vector in range(cols // step):
+                j = vector * step
+                keep_columns(offset(scores, j), PANEL, keys, offset(tile, j))
+        multiply(sums, PANEL, v_tile, UNIT, v_width, scores, PANEL, v_width, cols, keys, old)
+
+
+@Kernel
+def attend(
+    slot, counter, items, scratch_at, scratch_size, outs, ins, kinds, sizes, strides, ends, rules,
+    sign, factors,
+):  # fmt: skip
+    # A unit is one query head or, where queries are few, all that share a key. Strides are of
+    # [batch, heads, rows] of out, q, k, v and the statistics; of packed sequences the first is 0.
+    out_at, highest_at, total_at = outs
+    q_at, k_at, v_at, sinks_at = ins
+    kind, wide, sink_kind, size_of_wide = kinds
+    heads, kv_heads, max_q, max_k, dim, v_dim, shared = sizes
+    out_strides, q_strides, k_strides, v_strides, row_strides = strides
+    width, v_width = padded(dim), padded(v_dim)
+    per_batch = heads // shared
+    blocks = (max_q * shared + BLOCK - 1) // BLOCK
+    units = items // blocks
+    one, sign = real(wide, 1), real(wide, sign)
+    factor = real(wide, factors[0]), real(wide, factors[1])
+    mask_at, mask_strides, padding = rules[MASK]
+
+    q_t = offset(pointer(scratch_at, wide), slot * scratch_size)
+    out_t = offset(q_t, BLOCK * width)
+    k_tile = offset(out_t, BLOCK * v_width)
+    v_tile = offset(k_tile, KEYS * width)
+    scores = offset(v_tile, KEYS * v_width)
+    tile = offset(scores, KEYS * PANEL)
+    stats = offset(tile, KEYS * PANEL)
+    stage = offset(stats, (LINES + 2) * BLOCK)
+    before = (BLOCK + KEYS) * (width + v_width) + 2 * KEYS * PANEL + LINES * BLOCK
+    counters = pointer(scratch_at + (slot * scratch_size + before) * size_of_wide, INTEGER)
+
+    while True:
+        item = take(counter)
+        if item >= items:
+            break
+        unit, row = item % units, (blocks - 1 - item // units) * BLOCK  # the longest first
+        batch, head = unit // per_batch, unit % per_batch * shared
+        kv_head = head // (heads // kv_heads)
+        first_q, seq_q = span_of(ends[0], batch, max_q)
+        first_k, seq_k = span_of(ends[1], batch, max_k)
+        rows = min(BLOCK, seq_q * shared - row)
+        if rows <= 0:
+            continue
+        q = offset(pointer(q_at, kind), place_of(q_strides, batch, head, first_q))
+        k = offset(pointer(k_at, kind), place_of(k_strides, batch, kv_head, first_k))
+        v = offset(pointer(v_at, kind), place_of(v_strides, batch, kv_head, first_k))
+        _read_queries(q_t, stage, q, dim, row, rows, seq_q, sign, q_strides)
+        _begin(stats, pointer(sinks_at, sink_kind), sinks_at != 0, factor, head, row, rows, seq_q)
+
+        lowest, highest = (row, row + rows - 1) if shared == 1 else (0, seq_q - 1)
+        begin = first_seen(rules, lowest, seq_q, seq_k) // KEYS
+        last, old = end_seen(rules, highest, seq_q, seq_k), SET
+        seen_at = mask_at + place_of(mask_strides, batch, head, 0)
+        for number in range(max((last + KEYS - 1) // KEYS - begin, 0)):
+            first = (begin + number) * KEYS
+            keys, step = min(KEYS, last - first), mask_strides[3]
+            seen = seen_at + first * step if padding else 0
+            k_rows, v_rows = offset(k, first * k_strides[2]), offset(v, first * v_strides[2])
+            read_tile(k_tile, width, k_rows, k_strides[2], keys, dim, one, seen, step)
+            read_tile(v_tile, v_width, v_rows, v_strides[2], keys, v_dim, one, seen, step)
+            _attend(
+                q_t, out_t, k_tile, v_tile, scores, tile, stage, stats, counters, dim, v_dim,
+                batch, head, heads, row, rows, first, keys, seq_q, seq_k, max_q, factor, rules, old,
+            )  # fmt: skip
+            old = UNIT
+        if old == SET:
+            fill(out_t, BLOCK * v_width)
+
+        place = place_of(row_strides, batch, head, first_q)
+        _write_block(
+            offset(pointer(out_at, kind), place_of(out_strides, batch, head, first_q)),
+            offset(pointer(highest_at, wide), place), offset(pointer(total_at, wide), place),
+            stage, out_t, stats, v_dim, row, rows, seq_q, factor, (out_strides, row_strides),
+        )  # fmt: skip
