@@ -153,6 +153,52 @@ def _attend(
         multiply(sums, PANEL, v_tile, UNIT, v_width, scores, PANEL, v_width, cols, keys, old)
 
 
+@callee
+def _spaces(scratch_at, slot, scratch_size, wide, size_of_wide, width, v_width):
+    """A thread's scratch: queries, sums, keys, values, scores, tile, stats, stage, counters."""
+    q_t = offset(pointer(scratch_at, wide), slot * scratch_size)
+    out_t = offset(q_t, BLOCK * width)
+    k_tile = offset(out_t, BLOCK * v_width)
+    v_tile = offset(k_tile, KEYS * width)
+    scores = offset(v_tile, KEYS * v_width)
+    tile = offset(scores, KEYS * PANEL)
+    stats = offset(tile, KEYS * PANEL)
+    stage = offset(stats, (LINES + 2) * BLOCK)
+    before = (BLOCK + KEYS) * (width + v_width) + 2 * KEYS * PANEL + LINES * BLOCK
+    counters = pointer(scratch_at + (slot * scratch_size + before) * size_of_wide, INTEGER)
+    return q_t, out_t, k_tile, v_tile, scores, tile, stats, stage, counters
+
+
+@callee
+def _attend_to_all(
+    spaces, k, v, k_stride, v_stride, dim, v_dim, batch, head, heads, row, rows, seq_q, seq_k,
+    max_q, factor, rules, of_one_head,
+):  # fmt: skip
+    """Let a block of queries attend to all tiles of keys that any of them sees."""
+    once()
+    q_t, out_t, k_tile, v_tile, scores, tile, stats, stage, counters = spaces
+    width, v_width, one = padded(dim), padded(v_dim), real(stats, 1)
+    mask_at, mask_strides, padding = rules[MASK]
+    lowest, highest = (row, row + rows - 1) if of_one_head else (0, seq_q - 1)
+    begin = first_seen(rules, lowest, seq_q, seq_k) // KEYS
+    last, old = end_seen(rules, highest, seq_q, seq_k), SET
+    seen_at = mask_at + place_of(mask_strides, batch, head, 0)
+    for number in range(max((last + KEYS - 1) // KEYS - begin, 0)):
+        first = (begin + number) * KEYS
+        keys, step = min(KEYS, last - first), mask_strides[3]
+        seen = seen_at + first * step if padding else 0
+        k_rows, v_rows = offset(k, first * k_stride), offset(v, first * v_stride)
+        read_tile(k_tile, width, k_rows, k_stride, keys, dim, one, seen, step)
+        read_tile(v_tile, v_width, v_rows, v_stride, keys, v_dim, one, seen, step)
+        _attend(
+            q_t, out_t, k_tile, v_tile, scores, tile, stage, stats, counters, dim, v_dim,
+            batch, head, heads, row, rows, first, keys, seq_q, seq_k, max_q, factor, rules, old,
+        )  # fmt: skip
+        old = UNIT
+    if old == SET:
+        fill(out_t, BLOCK * v_width)
+
+
 @Kernel
 def attend(
     slot, counter, items, scratch_at, scratch_size, outs, ins, kinds, sizes, strides, ends, rules,
@@ -165,24 +211,13 @@ def attend(
     kind, wide, sink_kind, size_of_wide = kinds
     heads, kv_heads, max_q, max_k, dim, v_dim, shared = sizes
     out_strides, q_strides, k_strides, v_strides, row_strides = strides
-    width, v_width = padded(dim), padded(v_dim)
     per_batch = heads // shared
     blocks = (max_q * shared + BLOCK - 1) // BLOCK
     units = items // blocks
-    one, sign = real(wide, 1), real(wide, sign)
-    factor = real(wide, factors[0]), real(wide, factors[1])
-    mask_at, mask_strides, padding = rules[MASK]
-
-    q_t = offset(pointer(scratch_at, wide), slot * scratch_size)
-    out_t = offset(q_t, BLOCK * width)
-    k_tile = offset(out_t, BLOCK * v_width)
-    v_tile = offset(k_tile, KEYS * width)
-    scores = offset(v_tile, KEYS * v_width)
-    tile = offset(scores, KEYS * PANEL)
-    stats = offset(tile, KEYS * PANEL)
-    stage = offset(stats, (LINES + 2) * BLOCK)
-    before = (BLOCK + KEYS) * (width + v_width) + 2 * KEYS * PANEL + LINES * BLOCK
-    counters = pointer(scratch_at + (slot * scratch_size + before) * size_of_wide, INTEGER)
+    factor, sign = (real(wide, factors[0]), real(wide, factors[1])), real(wide, sign)
+    sinks = pointer(sinks_at, sink_kind)
+    spaces = _spaces(scratch_at, slot, scratch_size, wide, size_of_wide, padded(dim), padded(v_dim))
+    q_t, out_t, _, _, _, _, stats, stage, _ = spaces
 
     while True:
         item = take(counter)
@@ -197,30 +232,15 @@ def attend(
         if rows <= 0:
             continue
         q = offset(pointer(q_at, kind), place_of(q_strides, batch, head, first_q))
-        k = offset(pointer(k_at, kind), place_of(k_strides, batch, kv_head, first_k))
-        v = offset(pointer(v_at, kind), place_of(v_strides, batch, kv_head, first_k))
         _read_queries(q_t, stage, q, dim, row, rows, seq_q, sign, q_strides)
-        _begin(stats, pointer(sinks_at, sink_kind), sinks_at != 0, factor, head, row, rows, seq_q)
-
-        lowest, highest = (row, row + rows - 1) if shared == 1 else (0, seq_q - 1)
-        begin = first_seen(rules, lowest, seq_q, seq_k) // KEYS
-        last, old = end_seen(rules, highest, seq_q, seq_k), SET
-        seen_at = mask_at + place_of(mask_strides, batch, head, 0)
-        for number in range(max((last + KEYS - 1) // KEYS - begin, 0)):
-            first = (begin + number) * KEYS
-            keys, step = min(KEYS, last - first), mask_strides[3]
-            seen = seen_at + first * step if padding else 0
-            k_rows, v_rows = offset(k, first * k_strides[2]), offset(v, first * v_strides[2])
-            read_tile(k_tile, width, k_rows, k_strides[2], keys, dim, one, seen, step)
-            read_tile(v_tile, v_width, v_rows, v_strides[2], keys, v_dim, one, seen, step)
-            _attend(
-                q_t, out_t, k_tile, v_tile, scores, tile, stage, stats, counters, dim, v_dim,
-                batch, head, heads, row, rows, first, keys, seq_q, seq_k, max_q, factor, rules, old,
-            )  # fmt: skip
-            old = UNIT
-        if old == SET:
-            fill(out_t, BLOCK * v_width)
-
+        _begin(stats, sinks, sinks_at != 0, factor, head, row, rows, seq_q)
+        _attend_to_all(
+            spaces,
+            offset(pointer(k_at, kind), place_of(k_strides, batch, kv_head, first_k)),
+            offset(pointer(v_at, kind), place_of(v_strides, batch, kv_head, first_k)),
+            k_strides[2], v_strides[2], dim, v_dim, batch, head, heads, row, rows, seq_q, seq_k,
+            max_q, factor, rules, shared == 1,
+        )  # fmt: skip
         place = place_of(row_strides, batch, head, first_q)
         _write_block(
             offset(pointer(out_at, kind), place_of(out_strides, batch, head, first_q)),

@@ -1,6 +1,6 @@
 """Attention, backward: each tile of keys takes in turn all blocks of queries of the heads that
-share it, whose probabilities are made again. Who owns an element adds to it alone, in a fixed order:
-dk, dv and dbias by tile, dq by part of the tiles, to be summed afterwards.
+share it, whose probabilities are made again. Who owns an element adds to it alone, in a fixed
+order: dk, dv and dbias by tile, dq by part of the tiles, to be summed afterwards.
 """
 
 import numpy as np
@@ -79,14 +79,6 @@ def _read_statistics(
 
 
 @callee
-def _sum_of(x, count):
-    total = real(x, 0)
-    for j in range(count):
-        total += load(x, j)
-    return total
-
-
-@callee
 def _add_line(y, x, count):
     for j in range(count):
         store(y, j, load(y, j) + load(x, j))
@@ -99,7 +91,7 @@ def _add_bias(dbias, bias_strides, ds, stage, line, row, rows, first, keys):
     Where all queries have one bias they are summed first, in `line`.
     """
     once()
-    query_step, key_step = bias_strides[2], bias_strides[3]
+    query_step = bias_strides[2]
     fill(line, keys)
     width = lanes(ds)
     for panel in range((rows + PANEL - 1) // PANEL):
@@ -108,16 +100,11 @@ def _add_bias(dbias, bias_strides, ds, stage, line, row, rows, first, keys):
         transpose(stage, KEYS, offset(ds, start), BLOCK, deep, PANEL)
         for i in range(min(PANEL, rows - start)):
             x = offset(stage, i * KEYS)
-            y = offset(dbias, (row + start + i) * query_step)
             if query_step == 0:
                 _add_line(line, x, keys)
-            elif key_step == 0:
-                store(y, 0, load(y, 0) + _sum_of(x, keys))
             else:
-                _add_line(offset(y, first), x, keys)
-    if query_step == 0 and key_step == 0:
-        store(dbias, 0, load(dbias, 0) + _sum_of(line, keys))
-    elif query_step == 0:
+                _add_line(offset(dbias, (row + start + i) * query_step + first), x, keys)
+    if query_step == 0:
         _add_line(offset(dbias, first), line, keys)
 
 
@@ -225,36 +212,84 @@ def _one_head(
         )  # fmt: skip
 
 
-@Kernel
-def differentiate(
-    slot, counter, items, scratch_at, scratch_size, grads, ins, kinds, sizes, strides, ends, rules,
-    bias_sizes, wanted, sign, scale, factors,
-):  # fmt: skip
-    # An item is every `parts`-th tile of the keys of some kv heads of some batches: one of each,
-    # or all of those whose bias is one. dq is [parts, batch, heads, rows, width], dbias [parts or
-    # 1, batch or 1, heads or 1, rows or 1, keys or 1].
-    dq_at, dk_at, dv_at, dbias_at = grads
-    dout_at, dlse_at, q_at, k_at, v_at, out_at, highest_at, total_at = ins
-    kind, wide, size_of_wide = kinds
-    batches, heads, kv_heads, max_q, max_k, dim, v_dim, parts, at_once, heads_at_once = sizes
-    dk_strides, dv_strides, dout_strides, q_strides, k_strides, v_strides = strides[:6]
-    out_strides, row_strides, dbias_strides, part_stride = strides[6:]
-    width, v_width, group = padded(dim), padded(v_dim), heads // kv_heads
-    tall_q = padded(max_q)
-    one, sign = real(wide, 1), real(wide, sign)
-    factor = real(wide, factors[0]), real(wide, factors[1])
-    mask_at, mask_strides, padding = rules[MASK]
-
+@callee
+def _spaces(scratch_at, slot, scratch_size, wide, size_of_wide, width, v_width):
+    """A thread's scratch: keys, values, the gradients of both, what a block needs, counters."""
     k_tile = offset(pointer(scratch_at, wide), slot * scratch_size)
     v_tile = offset(k_tile, KEYS * width)
     dk_tile = offset(v_tile, KEYS * v_width)
     dv_tile = offset(dk_tile, KEYS * width)
     block = offset(dv_tile, KEYS * v_width)
-    before = scratch_size - 2 * BLOCK
-    counters = pointer(scratch_at + (slot * scratch_size + before) * size_of_wide, INTEGER)
+    before = (slot + 1) * scratch_size - 2 * BLOCK
+    return (
+        k_tile,
+        v_tile,
+        dk_tile,
+        dv_tile,
+        block,
+        pointer(scratch_at + before * size_of_wide, INTEGER),
+    )
 
-    tiles = (max_k + KEYS - 1) // KEYS
-    head_groups = kv_heads // heads_at_once
+
+@callee
+def _all_heads(
+    spaces, grads, ins, kinds, sizes, strides, rules, wanted, spans, batch, kv_head, part, first,
+    keys, sign, factor,
+):  # fmt: skip
+    """Take all query heads that share a tile of keys to it."""
+    once()
+    k_tile, v_tile, dk_tile, dv_tile, block, counters = spaces
+    dq_at, _, _, dbias_at = grads
+    dout_at, dlse_at, q_at, k_at, v_at, out_at, highest_at, total_at = ins
+    kind, wide, _ = kinds
+    batches, heads, kv_heads, max_q, _, dim, v_dim, _, _, _ = sizes
+    _, _, dout_strides, q_strides, k_strides, v_strides = strides[:6]
+    out_strides, row_strides, dbias_strides = strides[6:]
+    first_q, seq_q, first_k, seq_k = spans
+    width, v_width, group = padded(dim), padded(v_dim), heads // kv_heads
+    mask_at, mask_strides, padding = rules[MASK]
+    one, step = real(wide, 1), mask_strides[3]
+    k = offset(pointer(k_at, kind), place_of(k_strides, batch, kv_head, first_k + first))
+    v = offset(pointer(v_at, kind), place_of(v_strides, batch, kv_head, first_k + first))
+    for head in range(kv_head * group, (kv_head + 1) * group):
+        seen = mask_at + place_of(mask_strides, batch, head, 0) + first * step
+        seen = seen if padding else 0
+        read_tile(k_tile, width, k, k_strides[2], keys, dim, one, seen, step)
+        read_tile(v_tile, v_width, v, v_strides[2], keys, v_dim, one, seen, step)
+        index = (part * batches + batch) * heads + head
+        place = place_of(row_strides, batch, head, first_q)
+        _one_head(
+            offset(pointer(dq_at, wide), index * padded(max_q) * width), dk_tile, dv_tile,
+            offset(pointer(dbias_at, wide), place_of(dbias_strides, batch, head, 0)),
+            k_tile, v_tile, block, counters,
+            offset(pointer(dout_at, kind), place_of(dout_strides, batch, head, first_q)),
+            offset(pointer(dlse_at, wide), place), dlse_at != 0,
+            offset(pointer(q_at, kind), place_of(q_strides, batch, head, first_q)),
+            offset(pointer(out_at, kind), place_of(out_strides, batch, head, first_q)),
+            offset(pointer(highest_at, wide), place), offset(pointer(total_at, wide), place),
+            dim, v_dim, batch, head, heads, first, keys, seq_q, seq_k, max_q, sign, factor, rules,
+            dbias_strides, wanted, dout_strides[2], q_strides[2], out_strides[2],
+        )  # fmt: skip
+
+
+@Kernel
+def differentiate(
+    slot, counter, items, scratch_at, scratch_size, grads, ins, kinds, sizes, strides, ends, rules,
+    wanted, sign, scale, factors,
+):  # fmt: skip
+    # An item is every `parts`-th tile of the keys of some kv heads of some batches: one of each,
+    # or all of those whose bias is one. dq is [parts, batch, heads, rows, width], dbias [batch or
+    # 1, heads or 1, rows or 1, keys].
+    _, dk_at, dv_at, _ = grads
+    kind, wide, size_of_wide = kinds
+    _, _, kv_heads, max_q, max_k, dim, v_dim, parts, at_once, heads_at_once = sizes
+    dk_strides, dv_strides = strides[:2]
+    width, v_width = padded(dim), padded(v_dim)
+    factor, sign = (real(wide, factors[0]), real(wide, factors[1])), real(wide, sign)
+    spaces = _spaces(scratch_at, slot, scratch_size, wide, size_of_wide, width, v_width)
+    _, _, dk_tile, dv_tile, _, _ = spaces
+
+    tiles, head_groups = (max_k + KEYS - 1) // KEYS, kv_heads // heads_at_once
     while True:
         item = take(counter)
         if item >= items:
@@ -267,39 +302,20 @@ def differentiate(
             kv_head = head_start + turn % heads_at_once
             first_q, seq_q = span_of(ends[0], batch, max_q)
             first_k, seq_k = span_of(ends[1], batch, max_k)
-            keys, step = min(KEYS, seq_k - first), mask_strides[3]
+            keys = min(KEYS, seq_k - first)
             if keys <= 0:
                 continue
-            k = offset(pointer(k_at, kind), place_of(k_strides, batch, kv_head, first_k + first))
-            v = offset(pointer(v_at, kind), place_of(v_strides, batch, kv_head, first_k + first))
             fill(dk_tile, KEYS * (width + v_width))
-            for head in range(kv_head * group, (kv_head + 1) * group):
-                seen = mask_at + place_of(mask_strides, batch, head, 0) + first * step
-                seen = seen if padding else 0
-                read_tile(k_tile, width, k, k_strides[2], keys, dim, one, seen, step)
-                read_tile(v_tile, v_width, v, v_strides[2], keys, v_dim, one, seen, step)
-                index = (part * batches + batch) * heads + head
-                place = place_of(row_strides, batch, head, first_q)
-                bias_place = part * part_stride + place_of(dbias_strides, batch, head, 0)
-                _one_head(
-                    offset(pointer(dq_at, wide), index * tall_q * width),
-                    dk_tile, dv_tile, offset(pointer(dbias_at, wide), bias_place),
-                    k_tile, v_tile, block, counters,
-                    offset(pointer(dout_at, kind), place_of(dout_strides, batch, head, first_q)),
-                    offset(pointer(dlse_at, wide), place), dlse_at != 0,
-                    offset(pointer(q_at, kind), place_of(q_strides, batch, head, first_q)),
-                    offset(pointer(out_at, kind), place_of(out_strides, batch, head, first_q)),
-                    offset(pointer(highest_at, wide), place),
-                    offset(pointer(total_at, wide), place),
-                    dim, v_dim, batch, head, heads, first, keys, seq_q, seq_k, max_q, sign, factor,
-                    rules, dbias_strides, wanted, dout_strides[2], q_strides[2], out_strides[2],
-                )  # fmt: skip
+            _all_heads(
+                spaces, grads, ins, kinds, sizes, strides, rules, wanted,
+                (first_q, seq_q, first_k, seq_k), batch, kv_head, part, first, keys, sign, factor,
+            )  # fmt: skip
             dk = offset(pointer(dk_at, kind), place_of(dk_strides, batch, kv_head, first_k + first))
             dv = offset(pointer(dv_at, kind), place_of(dv_strides, batch, kv_head, first_k + first))
             if wanted[1]:
                 write_tile(dk, dk_tile, width, NONE, keys, dim, dk_strides[2], real(wide, scale))
             if wanted[2]:
-                write_tile(dv, dv_tile, v_width, NONE, keys, v_dim, dv_strides[2], one)
+                write_tile(dv, dv_tile, v_width, NONE, keys, v_dim, dv_strides[2], real(wide, 1))
 
 
 @Kernel

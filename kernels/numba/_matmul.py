@@ -34,9 +34,9 @@ HEIGHT = np.int64(4 if X86 and LANES < 16 else 8)
 SET, ADD = np.int64(0), np.int64(1)
 UNIT = np.int64(1)
 
-# A sum of products is taken in chains of at most so many, and two at least: one long chain is wrong
-# by the root of its length. Dq in fp32 was up to 1.6 x what the rule allows with chains of 64 (D128,
-# 2 % faster), and 1.7 x with chains of 32 where a key had most of a row. Of 8 they take 4 % more.
+# A sum of products is taken in chains of at most so many, and two at least: one long chain is
+# wrong by the root of its length. Dq in fp32 was up to 1.6 x what the rule allows with chains of 64
+# (D128, 2 % faster), 1.7 x with chains of 32 where a key had most of a row. Those of 8 take 4 %.
 CHAIN = np.int64(16)
 
 

@@ -6,7 +6,12 @@ from torch import Tensor
 from tilewise.kernels.numba import _attend, _attend_back
 from tilewise.kernels.numba._online_softmax import scaling
 from tilewise.kernels.numba._rules import BLOCK, KEYS, SCORED, rules_of
-from tilewise.kernels.numba._shared import same_layout, thread_scratch, wide_dtype
+from tilewise.kernels.numba._shared import (
+    broadcast_strides,
+    same_layout,
+    thread_scratch,
+    wide_dtype,
+)
 from tilewise.kernels.numba._simd import address, kind
 from tilewise.kernels.numba._tiles import rounded
 
@@ -69,61 +74,70 @@ def attention_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Shapes as in `attention_forward`, dlse [batch, heads, seq_q] -> dq, dk, dv laid out as q, k
     and v, dbias and dsinks of the shapes of bias and sinks; what is not wanted is empty."""
-    batch, heads, seq_q, dim = q.shape
-    _, kv_heads, seq_k, v_dim = v.shape
     dropout = (dropout_p, seeds, offsets, seed, offset)
     given = (mask, bias, alibi_slopes, sinks, left, right, softcap, _size(scale), dropout)
     rules = rules_of(q, *given)
     sign, factors = _scaling(q, rules, scale)
-    dq, dbias, dsinks = (q.new_empty(0) for _ in range(3))
-    dk, dv = same_layout(k, dim), same_layout(v, v_dim)
+    results = (out, highest, total)
+    grads = tuple(q.new_empty(0) for _ in range(4))
     if want_dq or want_dk or want_dv or want_dbias:
-        # Batches and heads that have one bias are in one item, which adds to its gradient alone.
-        one_batch = want_dbias and bias is not None and bias.shape[0] == 1
-        one_head = want_dbias and bias is not None and bias.shape[1] == 1
-        at_once, heads_at_once = batch if one_batch else 1, kv_heads if one_head else 1
-        units, tiles = batch // at_once * (kv_heads // heads_at_once), -(-seq_k // int(KEYS))
-        parts = min(tiles, max(TASKS // units, 1), max(PART_ELEMENTS // q.numel(), 1))
-        shape = (parts if want_dq else 0, batch, heads, rounded(seq_q), rounded(dim))
-        sums = total.new_zeros(shape)
-        bias_sums = _bias_sums(total, bias, parts) if want_dbias else None
-        counter, scratch, size = thread_scratch(total, _attend_back.scratch_of(dim, v_dim))
-        tensors = (dout, dlse, q, k, v, out, highest, total)
-        _attend_back.differentiate(
-            torch.get_num_threads(), 2 * total.numel() * seq_k, address(counter), units * parts,
-            address(scratch), size,
-            (address(sums), address(dk), address(dv), address(bias_sums)),
-            tuple(map(address, tensors)), (kind(q), kind(total), total.itemsize),
-            (batch, heads, kv_heads, seq_q, seq_k, dim, v_dim, parts, at_once, heads_at_once),
-            (*(t.stride()[:3] for t in (dk, dv, dout, q, k, v, out)), total.stride(),
-             *_bias_strides(bias_sums)), (0, 0), rules, 0,
-            (int(want_dq), int(want_dk), int(want_dv), int(want_dbias)), sign, _size(scale), factors,
-        )  # fmt: skip
-        if want_dq:
-            for part in sums[1:]:
-                sums[0] += part
-            dq = same_layout(q, dim).copy_(sums[0, :, :, :seq_q, :dim].mul_(scale))
-        if bias_sums is not None:
-            dbias = bias_sums.sum(0).to(bias.dtype)
+        wanted = (want_dq, want_dk, want_dv, want_dbias)
+        numbers = (sign, _size(scale), factors)
+        grads = _differentiate(dout, dlse, q, k, v, bias, results, rules, wanted, numbers)
+    dsinks = q.new_empty(0)
     if want_dsinks:
+        batch, heads, seq_q, _ = q.shape
         dsinks = sinks.new_empty(heads)
-        tensors = (dout, dlse, out, highest, total)
         _attend_back.differentiate_sinks(
-            heads, dout.numel(), address(dsinks), address(sinks), tuple(map(address, tensors)),
-            (kind(q), kind(total), kind(sinks)), (batch, seq_q, v_dim),
-            (dout.stride()[:3], out.stride()[:3]), total.stride(), 0, factors,
+            heads, dout.numel(), address(dsinks), address(sinks),
+            tuple(map(address, (dout, dlse, *results))), (kind(q), kind(total), kind(sinks)),
+            (batch, seq_q, v.shape[3]), (dout.stride()[:3], out.stride()[:3]), total.stride(), 0,
+            factors,
         )  # fmt: skip
-    return dq, dk if want_dk else q.new_empty(0), dv if want_dv else q.new_empty(0), dbias, dsinks
+    dq = grads[0].mul_(scale) if want_dq else grads[0]
+    return _like(dq, q, want_dq), *grads[1:], dsinks
 
 
-def _bias_sums(total: Tensor, bias: Tensor, parts: int) -> Tensor:
-    """Zeros for the gradient of a bias: one set, or one a part if it does not vary along keys."""
-    return total.new_zeros(parts if bias.shape[3] == 1 else 1, *bias.shape)
+def _like(sums: Tensor, x: Tensor, wanted: bool) -> Tensor:
+    """Sums of padded rows as a tensor laid out as `x`."""
+    if not wanted:
+        return sums
+    return same_layout(x, x.shape[3]).copy_(sums[:, :, : x.shape[2], : x.shape[3]])
 
 
-def _bias_strides(sums: Tensor | None) -> tuple[tuple[int, ...], int]:
-    """0 along what is broadcast; and how far apart the parts are."""
-    if sums is None:
-        return (0, 0, 0, 0), 0
-    strides = tuple(0 if n == 1 else s for n, s in zip(sums.shape, sums.stride(), strict=True))
-    return strides[1:], strides[0]
+def _differentiate(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+    results: tuple[Tensor, ...], rules: tuple, wanted: tuple[bool, ...], numbers: tuple,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """dq before its scale, as sums of padded rows, dk, dv and dbias, or empty if not wanted."""
+    batch, heads, seq_q, dim = q.shape
+    _, kv_heads, seq_k, v_dim = v.shape
+    want_dq, want_dk, want_dv, want_dbias = wanted
+    total = results[-1]
+    dk = same_layout(k, dim) if want_dk else q.new_empty(0)
+    dv = same_layout(v, v_dim) if want_dv else q.new_empty(0)
+    # Batches and heads that have one bias are in one item, which adds to its gradient alone.
+    shared = want_dbias and bias is not None
+    at_once = batch if shared and bias.shape[0] == 1 else 1
+    heads_at_once = kv_heads if shared and bias.shape[1] == 1 else 1
+    units, tiles = batch // at_once * (kv_heads // heads_at_once), -(-seq_k // int(KEYS))
+    parts = min(tiles, max(TASKS // units, 1), max(PART_ELEMENTS // q.numel(), 1))
+    sums = total.new_zeros(parts if want_dq else 0, batch, heads, rounded(seq_q), rounded(dim))
+    dbias = total.new_zeros(bias.shape) if want_dbias else None
+    counter, scratch, size = thread_scratch(total, _attend_back.scratch_of(dim, v_dim))
+    strides = [
+        t.stride()[:3] if t.numel() else (0, 0, 0) for t in (dk, dv, dout, q, k, v, results[0])
+    ]
+    _attend_back.differentiate(
+        torch.get_num_threads(), 2 * total.numel() * seq_k, address(counter), units * parts,
+        address(scratch), size, tuple(map(address, (sums, dk, dv, dbias))),
+        tuple(map(address, (dout, dlse, q, k, v, *results))),
+        (kind(q), kind(total), total.itemsize),
+        (batch, heads, kv_heads, seq_q, seq_k, dim, v_dim, parts, at_once, heads_at_once),
+        (*strides, total.stride(), broadcast_strides(dbias)), (0, 0), rules,
+        tuple(map(int, wanted)), *numbers,
+    )  # fmt: skip
+    for part in sums[1:]:
+        sums[0] += part
+    dq = sums[0] if want_dq else q.new_empty(0)
+    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias.to(bias.dtype)

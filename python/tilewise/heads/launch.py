@@ -123,7 +123,7 @@ def _gradients(
 
 # With delta = sum(dout out) - dlse of a row, ds = p (dp - delta), of which the sum over what was
 # broadcast is dbias, and dsink = -sum(exp(sink - lse) delta) over batch and queries. A gradient
-# that is not wanted is empty.
+# that is not wanted is empty; that of a bias which is one for all keys is never asked for.
 _backward = register(
     f"attention_backward(Tensor dout, Tensor? dlse, {_TENSORS}, Tensor out, Tensor highest,"
     f" Tensor total, {_NUMBERS}, bool want_dq, bool want_dk, bool want_dv, bool want_dbias,"
