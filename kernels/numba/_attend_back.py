@@ -242,9 +242,9 @@ def _all_heads(
     dq_at, _, _, dbias_at = grads
     dout_at, dlse_at, q_at, k_at, v_at, out_at, highest_at, total_at = ins
     kind, wide, _ = kinds
-    batches, heads, kv_heads, max_q, _, dim, v_dim, _, _, _ = sizes
+    _, heads, kv_heads, max_q, _, dim, v_dim, _, _, _ = sizes
     _, _, dout_strides, q_strides, k_strides, v_strides = strides[:6]
-    out_strides, row_strides, dbias_strides = strides[6:]
+    out_strides, row_strides, dbias_strides, dq_strides = strides[6:]
     first_q, seq_q, first_k, seq_k = spans
     width, v_width, group = padded(dim), padded(v_dim), heads // kv_heads
     mask_at, mask_strides, padding = rules[MASK]
@@ -256,10 +256,10 @@ def _all_heads(
         seen = seen if padding else 0
         read_tile(k_tile, width, k, k_strides[2], keys, dim, one, seen, step)
         read_tile(v_tile, v_width, v, v_strides[2], keys, v_dim, one, seen, step)
-        index = (part * batches + batch) * heads + head
+        sums = part * dq_strides[0] + place_of(dq_strides[1:], batch, head, first_q)
         place = place_of(row_strides, batch, head, first_q)
         _one_head(
-            offset(pointer(dq_at, wide), index * padded(max_q) * width), dk_tile, dv_tile,
+            offset(pointer(dq_at, wide), sums), dk_tile, dv_tile,
             offset(pointer(dbias_at, wide), place_of(dbias_strides, batch, head, 0)),
             k_tile, v_tile, block, counters,
             offset(pointer(dout_at, kind), place_of(dout_strides, batch, head, first_q)),
@@ -278,8 +278,8 @@ def differentiate(
     wanted, sign, scale, factors,
 ):  # fmt: skip
     # An item is every `parts`-th tile of the keys of some kv heads of some batches: one of each,
-    # or all of those whose bias is one. dq is [parts, batch, heads, rows, width], dbias [batch or
-    # 1, heads or 1, rows or 1, keys].
+    # or all of those whose bias is one. dq has room to pad the rows of a sequence, dbias is [batch
+    # or 1, heads or 1, rows or 1, keys].
     _, dk_at, dv_at, _ = grads
     kind, wide, size_of_wide = kinds
     _, _, kv_heads, max_q, max_k, dim, v_dim, parts, at_once, heads_at_once = sizes

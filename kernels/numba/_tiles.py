@@ -57,10 +57,16 @@ def fill(to, size):
 
 
 @callee
-def span_of(ends_at, batch, longest):
-    """Where a packed sequence begins, and its rows; all `longest` from 0 on without `ends`."""
+def span_of(ends, batch, longest):
+    """Where a packed sequence begins, and its rows; all `longest` from 0 on without `ends`.
+
+    `ends` is an address and how many rows there are: no wrong number leads beyond them.
+    """
+    ends_at, total = ends
     if ends_at == 0:
         return np.int64(0), np.int64(longest)
-    ends = pointer(ends_at, END)
-    first, end = np.int64(load(ends, batch)), np.int64(load(ends, batch + 1))
-    return first, min(max(end - first, np.int64(0)), np.int64(longest))
+    numbers = pointer(ends_at, END)
+    first, end = np.int64(load(numbers, batch)), np.int64(load(numbers, batch + 1))
+    if first < 0:
+        return np.int64(0), np.int64(0)
+    return first, min(max(min(end, total) - first, np.int64(0)), np.int64(longest))

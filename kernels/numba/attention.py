@@ -1,5 +1,7 @@
 """Attention on the CPU: launches of what `_attend` and `_attend_back` compute."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from tilewise.kernels.numba._shared import (
     wide_dtype,
 )
 from tilewise.kernels.numba._simd import address, kind
-from tilewise.kernels.numba._tiles import rounded
+from tilewise.kernels.numba._tiles import ROUND, rounded
 
 # Dq is summed in parts while there are fewer tasks, and memory, than this. By the sizes alone, so
 # that the bits do not depend on the number of threads.
@@ -37,28 +39,68 @@ def attention_forward(
     """q [batch, heads, seq_q, dim], k, v [batch, kv_heads, seq_k, dim or v_dim], mask and bias
     broadcastable, slopes [batch, heads], sinks [heads]
     -> out [batch, heads, seq_q, v_dim] laid out as q; highest, total [batch, heads, seq_q]."""
-    batch, heads, seq_q, dim = q.shape
-    _, kv_heads, seq_k, v_dim = v.shape
-    out = same_layout(q, v_dim)
+    batch, heads, seq_q, _ = q.shape
+    out = same_layout(q, v.shape[3])
     highest = q.new_empty(q.shape[:3], dtype=wide_dtype(q.dtype))
     total = torch.empty_like(highest)
+    sizes = (batch, heads, k.shape[1], seq_q, k.shape[2])
+    strides = (*(t.stride()[:3] for t in (out, q, k, v)), total.stride())
+    given = (mask, bias, alibi_slopes, sinks, left, right, softcap, _size(scale), dropout)
+    _attend_all(out, highest, total, q, k, v, sizes, strides, WHOLE, given, scale)
+    return out, highest, total
+
+
+def attention_varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, bias: Tensor | None, alibi_slopes: Tensor | None,
+    sinks: Tensor | None, left: int, right: int, softcap: float, scale: float, *dropout,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q [total_q, heads, dim], k, v [total_k, kv_heads, dim or v_dim], ends of sequences
+    [batch + 1], bias [batch or 1, heads or 1, max_seqlen_q, max_seqlen_k], slopes [batch, heads],
+    sinks [heads] -> out [total_q, heads, v_dim] laid out as q; highest, total [heads, total_q]."""
+    out = same_layout(q, v.shape[2]).zero_()  # past the last sequence nobody writes
+    highest = q.new_full((q.shape[1], len(q)), -math.inf, dtype=wide_dtype(q.dtype))
+    total = torch.zeros_like(highest)
+    sizes = (len(cu_seqlens_q) - 1, q.shape[1], k.shape[1], max_seqlen_q, max_seqlen_k)
+    strides = (*map(_of_packed, (out, q, k, v)), (0, *total.stride()))
+    ends = _ends(cu_seqlens_q, q), _ends(cu_seqlens_k, k)
+    given = (None, bias, alibi_slopes, sinks, left, right, softcap, _size(scale), dropout)
+    _attend_all(out, highest, total, q, k, v, sizes, strides, ends, given, scale)
+    return out, highest, total
+
+
+WHOLE = (0, 0), (0, 0)  # the ends of sequences, where none are packed
+
+
+def _ends(cu_seqlens: Tensor, rows: Tensor) -> tuple[int, int]:
+    return address(cu_seqlens), len(rows)
+
+
+def _of_packed(x: Tensor) -> tuple[int, int, int]:
+    """Strides of [batch, heads, rows] of packed [total, heads, dim], where no batch is a step."""
+    return 0, x.stride(1), x.stride(0)
+
+
+def _attend_all(
+    out: Tensor, highest: Tensor, total: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    sizes: tuple[int, ...], strides: tuple, ends: tuple, given: tuple, scale: float,
+) -> None:  # fmt: skip
+    batch, heads, kv_heads, seq_q, seq_k = sizes
+    dim, v_dim, mask, sinks = q.shape[-1], v.shape[-1], given[0], given[3]
     group = heads // kv_heads
     own_padding = mask is not None and mask.shape[2] == 1 and mask.shape[1] > 1
     shared = group if seq_q < BLOCK and not own_padding else 1
     items = batch * heads // shared * -(-seq_q * shared // int(BLOCK))
     counter, scratch, size = thread_scratch(highest, _attend.scratch_of(dim, v_dim))
-    given = (mask, bias, alibi_slopes, sinks, left, right, softcap, _size(scale), dropout)
     rules = rules_of(q, *given)
     _attend.attend(
         torch.get_num_threads(), total.numel() * seq_k, address(counter), items,
         address(scratch), size, (address(out), address(highest), address(total)),
         (address(q), address(k), address(v), address(sinks)),
         (kind(q), kind(total), kind(q if sinks is None else sinks), total.itemsize),
-        (heads, kv_heads, seq_q, seq_k, dim, v_dim, shared),
-        (*(t.stride()[:3] for t in (out, q, k, v)), total.stride()), (0, 0), rules,
+        (heads, kv_heads, seq_q, seq_k, dim, v_dim, shared), strides, ends, rules,
         *_scaling(q, rules, scale),
     )  # fmt: skip
-    return out, highest, total
 
 
 def _size(scale: float) -> float:
@@ -76,68 +118,113 @@ def attention_backward(
     and v, dbias and dsinks of the shapes of bias and sinks; what is not wanted is empty."""
     dropout = (dropout_p, seeds, offsets, seed, offset)
     given = (mask, bias, alibi_slopes, sinks, left, right, softcap, _size(scale), dropout)
-    rules = rules_of(q, *given)
-    sign, factors = _scaling(q, rules, scale)
-    results = (out, highest, total)
-    grads = tuple(q.new_empty(0) for _ in range(4))
-    if want_dq or want_dk or want_dv or want_dbias:
-        wanted = (want_dq, want_dk, want_dv, want_dbias)
-        numbers = (sign, _size(scale), factors)
-        grads = _differentiate(dout, dlse, q, k, v, bias, results, rules, wanted, numbers)
-    dsinks = q.new_empty(0)
-    if want_dsinks:
-        batch, heads, seq_q, _ = q.shape
-        dsinks = sinks.new_empty(heads)
-        _attend_back.differentiate_sinks(
-            heads, dout.numel(), address(dsinks), address(sinks),
-            tuple(map(address, (dout, dlse, *results))), (kind(q), kind(total), kind(sinks)),
-            (batch, seq_q, v.shape[3]), (dout.stride()[:3], out.stride()[:3]), total.stride(), 0,
-            factors,
-        )  # fmt: skip
-    dq = grads[0].mul_(scale) if want_dq else grads[0]
-    return _like(dq, q, want_dq), *grads[1:], dsinks
+    batch, heads, seq_q, dim = q.shape
+    sizes = (batch, heads, k.shape[1], seq_q, k.shape[2])
+    dk = same_layout(k, dim) if want_dk else q.new_empty(0)
+    dv = same_layout(v, v.shape[3]) if want_dv else q.new_empty(0)
+    lines, width = rounded(seq_q), rounded(dim)
+    place = (batch * heads * lines * width, (heads * lines * width, lines * width, width))
+    strides = [t.stride()[:3] if t.numel() else (0, 0, 0) for t in (dk, dv, dout, q, k, v, out)]
+    strides.append(total.stride())
+    sums, dbias, dsinks = _differentiate(
+        (dout, dlse, q, k, v, out, highest, total), (dk, dv), sizes, strides, place, WHOLE, given,
+        scale, (want_dq, want_dk, want_dv, want_dbias, want_dsinks),
+    )  # fmt: skip
+    dq = q.new_empty(0)
+    if want_dq:
+        whole = sums.view(batch, heads, lines, width)[:, :, :seq_q, :dim]
+        dq = same_layout(q, dim).copy_(whole)
+    return dq, dk, dv, dbias, dsinks
 
 
-def _like(sums: Tensor, x: Tensor, wanted: bool) -> Tensor:
-    """Sums of padded rows as a tensor laid out as `x`."""
-    if not wanted:
-        return sums
-    return same_layout(x, x.shape[3]).copy_(sums[:, :, : x.shape[2], : x.shape[3]])
+def attention_varlen_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, bias: Tensor | None,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, out: Tensor, highest: Tensor, total: Tensor,
+    left: int, right: int, softcap: float, scale: float, dropout_p: float, seeds: Tensor | None,
+    offsets: Tensor | None, seed: int, offset: int, want_dq: bool, want_dk: bool, want_dv: bool,
+    want_dbias: bool, want_dsinks: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Shapes as in `attention_varlen_forward`, dlse [heads, total_q] -> dq, dk, dv laid out as q,
+    k and v, dbias and dsinks of the shapes of bias and sinks; what is not wanted is empty."""
+    dropout = (dropout_p, seeds, offsets, seed, offset)
+    given = (None, bias, alibi_slopes, sinks, left, right, softcap, _size(scale), dropout)
+    (rows, heads, dim), batch = q.shape, len(cu_seqlens_q) - 1
+    sizes = (batch, heads, k.shape[1], max_seqlen_q, max_seqlen_k)
+    dk = same_layout(k, dim).zero_() if want_dk else q.new_empty(0)
+    dv = same_layout(v, v.shape[2]).zero_() if want_dv else q.new_empty(0)
+    # Before each sequence is room to pad the one before, and behind the last a row of zeros.
+    lines, width = rows + batch * ROUND + 1, rounded(dim)
+    place = (heads * lines * width, (ROUND * width, lines * width, width))
+    strides = [_of_packed(t) if t.numel() else (0, 0, 0) for t in (dk, dv, dout, q, k, v, out)]
+    strides.append((0, *total.stride()))
+    ends = _ends(cu_seqlens_q, q), _ends(cu_seqlens_k, k)
+    sums, dbias, dsinks = _differentiate(
+        (dout, dlse, q, k, v, out, highest, total), (dk, dv), sizes, strides, place, ends, given,
+        scale, (want_dq, want_dk, want_dv, want_dbias, want_dsinks),
+    )  # fmt: skip
+    dq = q.new_empty(0)
+    if want_dq:
+        lying = _places_in(cu_seqlens_q, max_seqlen_q, rows, lines - 1)
+        whole = sums.view(heads, lines, width)[:, lying, :dim]
+        dq = same_layout(q, dim).copy_(whole.transpose(0, 1))
+    return dq, dk, dv, dbias, dsinks
+
+
+def _places_in(cu_seqlens: Tensor, longest: int, rows: int, none: int) -> Tensor:
+    """In which line of the padded sums of dq each row is, `none` for those of no sequence."""
+    row = torch.arange(rows)
+    sequence = torch.searchsorted(cu_seqlens, row.int(), right=True) - 1
+    known = (sequence >= 0) & (sequence < len(cu_seqlens) - 1)
+    sequence = sequence.where(known, 0)
+    known &= row - cu_seqlens[sequence] < longest
+    return torch.where(known, row + ROUND * sequence, none)
 
 
 def _differentiate(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    results: tuple[Tensor, ...], rules: tuple, wanted: tuple[bool, ...], numbers: tuple,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """dq before its scale, as sums of padded rows, dk, dv and dbias, or empty if not wanted."""
-    batch, heads, seq_q, dim = q.shape
-    _, kv_heads, seq_k, v_dim = v.shape
-    want_dq, want_dk, want_dv, want_dbias = wanted
-    total = results[-1]
-    dk = same_layout(k, dim) if want_dk else q.new_empty(0)
-    dv = same_layout(v, v_dim) if want_dv else q.new_empty(0)
+    ins: tuple[Tensor | None, ...], grads: tuple[Tensor, Tensor], sizes: tuple[int, ...],
+    strides: list, place: tuple, ends: tuple, given: tuple, scale: float,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq as padded sums, dbias and dsinks, empty if not wanted; dk and dv go to `grads`.
+
+    `place` is how large a part of dq is, and the strides of its batches, heads and rows.
+    """
+    dout, dlse, q, k, v, out, highest, total = ins
+    (batch, heads, kv_heads, seq_q, seq_k), (bias, sinks) = sizes, (given[1], given[3])
+    dim, v_dim = q.shape[-1], v.shape[-1]
+    *want, want_dsinks = wanted
+    rules = rules_of(q, *given)
+    sign, factors = _scaling(q, rules, scale)
     # Batches and heads that have one bias are in one item, which adds to its gradient alone.
-    shared = want_dbias and bias is not None
+    shared = want[3] and bias is not None
     at_once = batch if shared and bias.shape[0] == 1 else 1
     heads_at_once = kv_heads if shared and bias.shape[1] == 1 else 1
     units, tiles = batch // at_once * (kv_heads // heads_at_once), -(-seq_k // int(KEYS))
     parts = min(tiles, max(TASKS // units, 1), max(PART_ELEMENTS // q.numel(), 1))
-    sums = total.new_zeros(parts if want_dq else 0, batch, heads, rounded(seq_q), rounded(dim))
-    dbias = total.new_zeros(bias.shape) if want_dbias else None
-    counter, scratch, size = thread_scratch(total, _attend_back.scratch_of(dim, v_dim))
-    strides = [
-        t.stride()[:3] if t.numel() else (0, 0, 0) for t in (dk, dv, dout, q, k, v, results[0])
-    ]
-    _attend_back.differentiate(
-        torch.get_num_threads(), 2 * total.numel() * seq_k, address(counter), units * parts,
-        address(scratch), size, tuple(map(address, (sums, dk, dv, dbias))),
-        tuple(map(address, (dout, dlse, q, k, v, *results))),
-        (kind(q), kind(total), total.itemsize),
-        (batch, heads, kv_heads, seq_q, seq_k, dim, v_dim, parts, at_once, heads_at_once),
-        (*strides, total.stride(), broadcast_strides(dbias)), (0, 0), rules,
-        tuple(map(int, wanted)), *numbers,
-    )  # fmt: skip
+    sums = total.new_zeros(parts if want[0] else 0, place[0])
+    dbias = total.new_zeros(bias.shape) if want[3] else None
+    if any(want):
+        counter, scratch, size = thread_scratch(total, _attend_back.scratch_of(dim, v_dim))
+        _attend_back.differentiate(
+            torch.get_num_threads(), 2 * total.numel() * seq_k, address(counter), units * parts,
+            address(scratch), size, tuple(map(address, (sums, *grads, dbias))),
+            tuple(map(address, (dout, dlse, q, k, v, out, highest, total))),
+            (kind(q), kind(total), total.itemsize),
+            (batch, heads, kv_heads, seq_q, seq_k, dim, v_dim, parts, at_once, heads_at_once),
+            (*strides, broadcast_strides(dbias), (place[0], *place[1])), ends, rules,
+            tuple(map(int, want)), sign, _size(scale), factors,
+        )  # fmt: skip
     for part in sums[1:]:
         sums[0] += part
-    dq = sums[0] if want_dq else q.new_empty(0)
-    return dq, dk, dv, q.new_empty(0) if dbias is None else dbias.to(bias.dtype)
+    dsinks = q.new_empty(0)
+    if want_dsinks:
+        dsinks = sinks.new_empty(heads)
+        _attend_back.differentiate_sinks(
+            heads, dout.numel(), address(dsinks), address(sinks),
+            tuple(map(address, (dout, dlse, out, highest, total))),
+            (kind(q), kind(total), kind(sinks)), (batch, seq_q, v_dim), (strides[2], strides[6]),
+            strides[7], ends[0], factors,
+        )  # fmt: skip
+    dq = sums[0].mul_(scale) if want[0] else q.new_empty(0)
+    return dq, q.new_empty(0) if dbias is None else dbias.to(bias.dtype), dsinks

@@ -5,6 +5,7 @@ from tilewise.allocator import tune_allocator
 from tilewise.choice import backend, explain
 from tilewise.op import OPS
 from tilewise.ops.attention import attention, attention_with_lse, merge_attention
+from tilewise.ops.attention_varlen import attention_varlen, attention_varlen_with_lse
 from tilewise.ops.cross_entropy import cross_entropy, cross_entropy_, cross_entropy_with_lse
 from tilewise.ops.dropout_add import dropout_add
 from tilewise.ops.embed import embed
@@ -25,6 +26,8 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_varlen",
+    "attention_varlen_with_lse",
     "attention_with_lse",
     "backend",
     "bias_gelu",

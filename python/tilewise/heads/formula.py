@@ -33,11 +33,12 @@ def scores(
     right: int,
     softcap: float,
     scale: float,
+    own: Tensor | None = None,
 ) -> Tensor:
     """Scores of queries against as many heads of keys, -inf where the two may not meet.
 
     s = scale * q k^T, or softcap * tanh(scale * q k^T / softcap)
-    s = s + bias - slope * |i + seq_k - seq_q - j|
+    s = s + bias - slope * |own_i - j|, with own_i = i + seq_k - seq_q unless given, `[..., seq_q]`
     """
     s = scale * (q @ k.mT)
     if softcap:
@@ -45,8 +46,9 @@ def scores(
     if bias is not None:
         s = s + bias
     seq_q, seq_k = s.shape[-2:]
-    own = torch.arange(seq_k - seq_q, seq_k, device=q.device)
-    distance = torch.arange(seq_k, device=q.device) - own[:, None]
+    if own is None:
+        own = torch.arange(seq_k - seq_q, seq_k, device=q.device)
+    distance = torch.arange(seq_k, device=q.device) - own[..., None]
     if alibi_slopes is not None:
         s = s - alibi_slopes.to(s.dtype)[..., None, None] * distance.abs()
     hidden = None if mask is None else ~mask
@@ -97,12 +99,13 @@ def weights(
     dropout_p: float,
     seed: Tensor | int,
     offset: Tensor | int,
+    own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """By what each value is multiplied, in the dtype of the arithmetic, and lse."""
     dtype = q.dtype
     q, k = (t.to(wide_dtype(dtype)) for t in (q, k))
     k = _visible(_with_heads(k, q), mask)
-    s = scores(q, k, mask, bias, alibi_slopes, left, right, softcap, scale)
+    s = scores(q, k, mask, bias, alibi_slopes, left, right, softcap, scale, own)
     s = _with_rounded_gradient(s, dtype)
     p, lse = probabilities(s, sinks)
     return dropped(p, dropout_p, seed, offset) if dropout_p else p, lse
