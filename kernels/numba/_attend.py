@@ -22,12 +22,22 @@ from tilewise.kernels.numba._matmul import (
     transpose,
 )
 from tilewise.kernels.numba._online_softmax import softmax_columns
+from tilewise.kernels.numba._operands import (
+    as_kind,
+    either,
+    pair_rows,
+    per_word,
+    read_deep,
+    room,
+    widest,
+    width_of,
+)
 from tilewise.kernels.numba._parallel import Kernel, callee, take
 from tilewise.kernels.numba._rules import (
-    BLOCK,
     DROPOUT,
     HIGHEST,
     KEYS,
+    LINE,
     LINES,
     MASK,
     RESCALE,
@@ -45,31 +55,33 @@ from tilewise.kernels.numba._tiles import (
     padded,
     read_rows,
     read_tile,
-    rounded,
     span_of,
 )
 
+BLOCK = LINE  # of queries that share a tile; a multiple of every PANEL
+
 
 def scratch_of(dim: int, v_dim: int) -> int:
-    """Elements of scratch a thread needs."""
-    width, v_width = rounded(dim), rounded(v_dim)
+    """Elements of scratch a thread needs: as of numbers, which is enough for pairs."""
+    width, v_width = widest(dim), widest(v_dim)
     stage = int(PANEL) * max(width, v_width, int(KEYS))
-    return int((BLOCK + KEYS) * (width + v_width) + 2 * KEYS * PANEL + (LINES + 2) * BLOCK + stage)
+    return int((BLOCK + KEYS) * (width + v_width) + 2 * KEYS * PANEL + (LINES + 2) * LINE + stage)
 
 
 @callee
-def _read_queries(q_t, stage, q, dim, row, rows, seq_q, sign, strides):
-    """Transpose a block of queries."""
+def _read_queries(q_t, row_kind, stage, q, dim, row, rows, seq_q, sign, strides):
+    """Transpose a block of queries, by words."""
     once()
-    width = padded(dim)
+    width, words = width_of(q_t, dim), width_of(q_t, dim) // per_word(q_t)
+    lines, turned = as_kind(stage, row_kind), as_kind(q_t, stage)
     for panel in range((rows + PANEL - 1) // PANEL):
         start = panel * PANEL
         for i in range(PANEL):
             place = row + start + i
             x = offset(q, place_of(strides, 0, place // seq_q, place % seq_q))
-            y, there = offset(stage, i * width), 1 if start + i < rows else 0
+            y, there = offset(lines, i * width), 1 if start + i < rows else 0
             read_rows(y, width, x, width, there, UNIT, dim, sign, NONE, NONE)
-        transpose(offset(q_t, start * width), PANEL, stage, width, PANEL, width)
+        transpose(offset(turned, start * words), PANEL, stage, words, PANEL, words)
 
 
 @callee
@@ -89,15 +101,17 @@ def _begin(stats, sinks, with_sinks, factor, head, row, rows, seq_q):
 
 
 @callee
-def _write_block(out, highest, total, stage, out_t, stats, cols, row, rows, seq_q, factor, strides):
+def _write_block(
+    out, highest, total, stage, out_t, width, stats, cols, row, rows, seq_q, factor, strides
+):
     """Divide by the sums and store; rows that saw no key are 0. `strides`: of out, then of both
     statistics."""
     once()
-    width, zero = padded(cols), real(stats, 0)
+    zero, tall = real(stats, 0), padded(cols)
     out_strides, strides = strides
     for i in range(rows):
         if i % PANEL == 0:
-            transpose(stage, width, offset(out_t, i * width), PANEL, width, PANEL)
+            transpose(stage, width, offset(out_t, i * width), PANEL, tall, PANEL)
         head, query = (row + i) // seq_q, (row + i) % seq_q
         y = offset(out, place_of(out_strides, 0, head, query))
         x, z = offset(stage, i % PANEL * width), load(stats, TOTAL + i)
@@ -120,16 +134,28 @@ def _attend(
 ):  # fmt: skip
     """Let a block of queries attend to one tile of keys, `first` and the next."""
     once()
-    width, v_width, step = padded(dim), padded(v_dim), lanes(scores)
-    rescale = offset(stats, RESCALE)
-    tall = (keys + HEIGHT - 1) // HEIGHT * HEIGHT
+    step, per = lanes(scores), per_word(k_tile)
+    words, v_width = width_of(k_tile, dim) // per, width_of(v_tile, v_dim)
+    tall_v, deep = padded(v_dim), (dim + per - 1) // per
+    rescale, paired = offset(stats, RESCALE), as_kind(tile, k_tile)
+    of_one_head = row // seq_q == (row + rows - 1) // seq_q
+    all_keys = keys
     for panel in range((rows + PANEL - 1) // PANEL):
         start = panel * PANEL
         used = min(PANEL, rows - start)
         cols = (used + step - 1) // step * step
-        sums = offset(out_t, start * v_width)
-        panel_q, panel_stats = offset(q_t, start * width), offset(stats, start)
-        multiply(scores, PANEL, k_tile, width, UNIT, panel_q, PANEL, tall, cols, dim, SET)
+        sums, panel_stats = offset(out_t, start * v_width), offset(stats, start)
+        panel_q = offset(q_t, start * words)
+        if of_one_head:  # none of the panel sees the keys after these
+            latest = (row + start + used - 1) % seq_q
+            keys = min(all_keys, end_seen(rules, latest, seq_q, seq_k) - first)
+        if keys <= 0:
+            if old == SET:
+                fill(sums, PANEL * v_width)
+            continue
+        deep_keys = (keys + per - 1) // per
+        tall = (keys + HEIGHT - 1) // HEIGHT * HEIGHT
+        multiply(scores, PANEL, k_tile, words, UNIT, panel_q, PANEL, tall, cols, deep, SET)
         make_scores(
             scores, PANEL, tile, tile, stage, panel_stats, rules, batch, head, row + start, used,
             cols, first, keys, seq_q, seq_k,
@@ -141,7 +167,7 @@ def _attend(
                 offset(panel_stats, TOTAL + j), offset(rescale, j),
             )  # fmt: skip
             if old != SET:
-                scale_columns(offset(sums, j), PANEL, v_width, offset(rescale, j))
+                scale_columns(offset(sums, j), PANEL, tall_v, offset(rescale, j))
         if rules[DROPOUT][ANY]:
             mark_dropped(
                 tile, PANEL, counters, rules, batch, head, heads, row + start, used, cols, first,
@@ -150,12 +176,17 @@ def _attend(
             for vector in range(cols // step):
                 j = vector * step
                 keep_columns(offset(scores, j), PANEL, keys, offset(tile, j))
-        multiply(sums, PANEL, v_tile, UNIT, v_width, scores, PANEL, v_width, cols, keys, old)
+        for vector in range(cols // step):
+            j = vector * step
+            pair_rows(offset(paired, j), offset(scores, j), PANEL, keys)
+        p = either(k_tile, paired, scores)
+        multiply(sums, PANEL, v_tile, UNIT, v_width, p, PANEL, tall_v, cols, deep_keys, old)
 
 
 @callee
-def _spaces(scratch_at, slot, scratch_size, wide, size_of_wide, width, v_width):
+def _spaces(scratch_at, slot, scratch_size, wide, size_of_wide, tile_kind, dim, v_dim):
     """A thread's scratch: queries, sums, keys, values, scores, tile, stats, stage, counters."""
+    width, v_width = room(dim), room(v_dim)
     q_t = offset(pointer(scratch_at, wide), slot * scratch_size)
     out_t = offset(q_t, BLOCK * width)
     k_tile = offset(out_t, BLOCK * v_width)
@@ -163,21 +194,25 @@ def _spaces(scratch_at, slot, scratch_size, wide, size_of_wide, width, v_width):
     scores = offset(v_tile, KEYS * v_width)
     tile = offset(scores, KEYS * PANEL)
     stats = offset(tile, KEYS * PANEL)
-    stage = offset(stats, (LINES + 2) * BLOCK)
-    before = (BLOCK + KEYS) * (width + v_width) + 2 * KEYS * PANEL + LINES * BLOCK
+    stage = offset(stats, (LINES + 2) * LINE)
+    before = (BLOCK + KEYS) * (width + v_width) + 2 * KEYS * PANEL + LINES * LINE
     counters = pointer(scratch_at + (slot * scratch_size + before) * size_of_wide, INTEGER)
+    q_t, k_tile, v_tile = (
+        as_kind(q_t, tile_kind), as_kind(k_tile, tile_kind), as_kind(v_tile, tile_kind)
+    )  # fmt: skip
     return q_t, out_t, k_tile, v_tile, scores, tile, stats, stage, counters
 
 
 @callee
 def _attend_to_all(
-    spaces, k, v, k_stride, v_stride, dim, v_dim, batch, head, heads, row, rows, seq_q, seq_k,
-    max_q, factor, rules, of_one_head,
+    spaces, row_kind, k, v, k_stride, v_stride, dim, v_dim, batch, head, heads, row, rows, seq_q,
+    seq_k, max_q, factor, rules, of_one_head,
 ):  # fmt: skip
     """Let a block of queries attend to all tiles of keys that any of them sees."""
     once()
     q_t, out_t, k_tile, v_tile, scores, tile, stats, stage, counters = spaces
-    width, v_width, one = padded(dim), padded(v_dim), real(stats, 1)
+    width, v_width, one = width_of(k_tile, dim), width_of(v_tile, v_dim), real(stats, 1)
+    k_lines = as_kind(k_tile, row_kind)
     mask_at, mask_strides, padding = rules[MASK]
     lowest, highest = (row, row + rows - 1) if of_one_head else (0, seq_q - 1)
     begin = first_seen(rules, lowest, seq_q, seq_k) // KEYS
@@ -188,8 +223,8 @@ def _attend_to_all(
         keys, step = min(KEYS, last - first), mask_strides[3]
         seen = seen_at + first * step if padding else 0
         k_rows, v_rows = offset(k, first * k_stride), offset(v, first * v_stride)
-        read_tile(k_tile, width, k_rows, k_stride, keys, dim, one, seen, step)
-        read_tile(v_tile, v_width, v_rows, v_stride, keys, v_dim, one, seen, step)
+        read_tile(k_lines, width, k_rows, k_stride, keys, dim, one, seen, step)
+        read_deep(v_tile, v_width, v_rows, v_stride, keys, v_dim, one, seen, step)
         _attend(
             q_t, out_t, k_tile, v_tile, scores, tile, stage, stats, counters, dim, v_dim,
             batch, head, heads, row, rows, first, keys, seq_q, seq_k, max_q, factor, rules, old,
@@ -208,7 +243,7 @@ def attend(
     # [batch, heads, rows] of out, q, k, v and the statistics; of packed sequences the first is 0.
     out_at, highest_at, total_at = outs
     q_at, k_at, v_at, sinks_at = ins
-    kind, wide, sink_kind, size_of_wide = kinds
+    kind, wide, sink_kind, size_of_wide, tile_kind, row_kind = kinds
     heads, kv_heads, max_q, max_k, dim, v_dim, shared = sizes
     out_strides, q_strides, k_strides, v_strides, row_strides = strides
     per_batch = heads // shared
@@ -216,8 +251,8 @@ def attend(
     units = items // blocks
     factor, sign = (real(wide, factors[0]), real(wide, factors[1])), real(wide, sign)
     sinks = pointer(sinks_at, sink_kind)
-    spaces = _spaces(scratch_at, slot, scratch_size, wide, size_of_wide, padded(dim), padded(v_dim))
-    q_t, out_t, _, _, _, _, stats, stage, _ = spaces
+    spaces = _spaces(scratch_at, slot, scratch_size, wide, size_of_wide, tile_kind, dim, v_dim)
+    q_t, out_t, _, v_tile, _, _, stats, stage, _ = spaces
 
     while True:
         item = take(counter)
@@ -232,10 +267,10 @@ def attend(
         if rows <= 0:
             continue
         q = offset(pointer(q_at, kind), place_of(q_strides, batch, head, first_q))
-        _read_queries(q_t, stage, q, dim, row, rows, seq_q, sign, q_strides)
+        _read_queries(q_t, row_kind, stage, q, dim, row, rows, seq_q, sign, q_strides)
         _begin(stats, sinks, sinks_at != 0, factor, head, row, rows, seq_q)
         _attend_to_all(
-            spaces,
+            spaces, row_kind,
             offset(pointer(k_at, kind), place_of(k_strides, batch, kv_head, first_k)),
             offset(pointer(v_at, kind), place_of(v_strides, batch, kv_head, first_k)),
             k_strides[2], v_strides[2], dim, v_dim, batch, head, heads, row, rows, seq_q, seq_k,
@@ -245,5 +280,6 @@ def attend(
         _write_block(
             offset(pointer(out_at, kind), place_of(out_strides, batch, head, first_q)),
             offset(pointer(highest_at, wide), place), offset(pointer(total_at, wide), place),
-            stage, out_t, stats, v_dim, row, rows, seq_q, factor, (out_strides, row_strides),
+            stage, out_t, width_of(v_tile, v_dim), stats, v_dim, row, rows, seq_q, factor,
+            (out_strides, row_strides),
         )  # fmt: skip

@@ -19,12 +19,23 @@ from tilewise.kernels.numba._matmul import (
     transpose,
 )
 from tilewise.kernels.numba._online_softmax import softmax_gradient, softmax_gradient_alone
+from tilewise.kernels.numba._operands import (
+    as_kind,
+    either,
+    pair_lines,
+    pair_rows,
+    per_word,
+    room,
+    round_rows,
+    widest,
+    width_of,
+)
 from tilewise.kernels.numba._parallel import Kernel, callee, take
 from tilewise.kernels.numba._rules import (
-    BLOCK,
     CAP,
     DROPOUT,
     KEYS,
+    LINE,
     LINES,
     MASK,
     end_seen,
@@ -40,41 +51,61 @@ from tilewise.kernels.numba._tiles import (
     padded,
     read_rows,
     read_tile,
-    rounded,
     span_of,
     write_tile,
 )
 
-# Lines of BLOCK numbers, one for each query of a block: those of `_rules`, and after them these.
-TOP, PART, DELTA, LESS = (np.int64(LINES + i) * BLOCK for i in range(4))
+BLOCK = np.int64(64)  # of queries that share a tile; a multiple of every PANEL
+
+# Lines of numbers, one for each query of a block: those of `_rules`, and after them these.
+TOP, PART, DELTA, LESS = (np.int64(LINES + i) * LINE for i in range(4))
 
 
 def scratch_of(dim: int, v_dim: int) -> int:
-    """Elements of scratch a thread needs."""
-    width, v_width = rounded(dim), rounded(v_dim)
-    tiles = 4 * KEYS * BLOCK + KEYS * PANEL + PANEL * KEYS + KEYS
-    return int(2 * (BLOCK + KEYS) * (width + v_width) + tiles + (LINES + 6) * BLOCK)
+    """Elements of scratch a thread needs: as of numbers, which is enough for pairs."""
+    width, v_width = widest(dim), widest(v_dim)
+    tiles = KEYS * width + 4 * KEYS * BLOCK + 2 * PANEL * KEYS + KEYS
+    return int(2 * (BLOCK + KEYS) * (width + v_width) + tiles + (LINES + 6) * LINE)
+
+
+@Kernel
+def sum_products(
+    part, parts, delta_at, dout_at, dlse_at, out_at, kinds, sizes, strides, row_strides, ends
+):
+    """delta = sum(dout * out) - dlse of every row, in fp64: what is wrong there is wrong for all
+    keys alike."""
+    kind, wide = kinds
+    batches, heads, max_q, v_dim = sizes
+    dout_strides, out_strides = strides
+    deltas = pointer(delta_at, wide)
+    for unit in range(part * batches * heads // parts, (part + 1) * batches * heads // parts):
+        batch, head = unit // heads, unit % heads
+        first, rows = span_of(ends, batch, max_q)
+        for i in range(rows):
+            x = offset(pointer(dout_at, kind), place_of(dout_strides, batch, head, first + i))
+            y = offset(pointer(out_at, kind), place_of(out_strides, batch, head, first + i))
+            dot = 0.0
+            for j in range(v_dim):
+                dot += np.float64(load(x, j)) * np.float64(load(y, j))
+            place = place_of(row_strides, batch, head, first + i)
+            if dlse_at:
+                dot -= np.float64(load(pointer(dlse_at, wide), place))
+            store(deltas, place, real(deltas, dot))
 
 
 @callee
-def _read_statistics(
-    stats, dout, dlse, with_lse, out, highest, total, rows, v_dim, tall, dout_stride, out_stride
-):
-    """Lines: the highest score, 1 / the sum or 0, delta = sum(dout * out) - dlse, and dlse."""
+def _read_statistics(stats, highest, total, delta, dlse, with_lse, rows, tall):
+    """Lines: the highest score, 1 / the sum or 0, delta and dlse."""
     once()
     for i in range(tall):
-        top, part, less, dot = real(stats, 0), real(stats, 0), real(stats, 0), 0.0
+        top, part, dot, less = real(stats, 0), real(stats, 0), real(stats, 0), real(stats, 0)
         if i < rows and load(total, i) != part:
-            top, part = load(highest, i), real(stats, 1) / load(total, i)
-            x, y = offset(dout, i * dout_stride), offset(out, i * out_stride)
-            # In fp64: what is wrong here is wrong for all keys alike.
-            for j in range(v_dim):
-                dot += np.float64(load(x, j)) * np.float64(load(y, j))
+            top, part, dot = load(highest, i), real(stats, 1) / load(total, i), load(delta, i)
             if with_lse:
                 less = load(dlse, i)
         store(stats, TOP + i, top)
         store(stats, PART + i, part)
-        store(stats, DELTA + i, real(stats, dot - np.float64(less)))
+        store(stats, DELTA + i, dot)
         store(stats, LESS + i, less)
 
 
@@ -109,15 +140,12 @@ def _add_bias(dbias, bias_strides, ds, stage, line, row, rows, first, keys):
 
 
 @callee
-def _gradients(
-    dq, dk, dv, dbias, k_tile, v_tile, block, counters, dim, v_dim, batch, head, heads, row, rows,
-    first, keys, seq_q, seq_k, max_q, factor, rules, bias_strides, wanted,
-):  # fmt: skip
-    """Add what one block of queries and one tile of keys give each other."""
-    once()
-    width, v_width, step = padded(dim), padded(v_dim), lanes(block)
-    want_dq, want_dk, want_dv, want_dbias = wanted
-    q, q_t = block, offset(block, BLOCK * width)
+def _block_spaces(block, k_tile, dim, v_dim):
+    """A block's scratch: queries and the gradients of their outputs, each in rows and transposed;
+    tiles of scores, of their gradients, of what is kept of them and of the tanh of a cap; a tile
+    and a stage for the rules, a line, statistics."""
+    width, v_width = room(dim), room(v_dim)
+    q_t = offset(block, BLOCK * width)
     dout = offset(q_t, BLOCK * width)
     dout_t = offset(dout, BLOCK * v_width)
     scores = offset(dout_t, BLOCK * v_width)
@@ -126,21 +154,54 @@ def _gradients(
     stage = offset(tile, KEYS * PANEL)
     line = offset(stage, PANEL * KEYS)
     stats = offset(line, KEYS)
-    tall = (keys + HEIGHT - 1) // HEIGHT * HEIGHT
-    cols, dropping = padded(rows), rules[DROPOUT][ANY]
+    return (
+        as_kind(block, k_tile), as_kind(q_t, k_tile), as_kind(dout, k_tile),
+        as_kind(dout_t, k_tile), scores, ds, marks, bounded, tile, stage, line, stats,
+    )  # fmt: skip
+
+
+@callee
+def _read_block(deep, turned, lines, source, stride, rows, cols, factor):
+    """A block of rows transposed, by words, and to be multiplied along its rows."""
+    width, tall = width_of(turned, cols), padded(rows)
+    words = width // per_word(turned)
+    rows_of = either(turned, lines, deep)
+    numbers = as_kind(rows_of, factor)
+    read_rows(rows_of, width, source, stride, rows, tall, cols, factor, NONE, NONE)
+    transpose(as_kind(turned, numbers), BLOCK, numbers, words, tall, words)
+    pair_lines(deep, rows_of, width, rows, cols)
+
+
+@callee
+def _clear_column(tile, column, rows):
+    for i in range(rows):
+        store(tile, i * BLOCK + column, real(tile, 0))
+
+
+@callee
+def _make_tiles(
+    spaces, k_tile, v_tile, counters, dim, v_dim, batch, head, heads, row, rows, first, keys,
+    seq_q, seq_k, max_q, factor, rules,
+):  # fmt: skip
+    """The tiles of probabilities, after dropout, and of the gradients of scores."""
+    once()
+    _, q_t, _, dout_t, scores, ds, marks, bounded, tile, stage, _, stats = spaces
+    step, per, dropping = lanes(scores), per_word(k_tile), rules[DROPOUT][ANY]
+    words, v_words = width_of(k_tile, dim) // per, width_of(k_tile, v_dim) // per
+    deep, v_deep = (dim + per - 1) // per, (v_dim + per - 1) // per
+    tall, cols = (keys + HEIGHT - 1) // HEIGHT * HEIGHT, padded(rows)
     alone = first_seen(rules, row, seq_q, seq_k) >= first and (
         end_seen(rules, row + rows - 1, seq_q, seq_k) <= first + keys
     )
-
-    multiply(scores, BLOCK, k_tile, width, UNIT, q_t, BLOCK, tall, cols, dim, SET)
-    multiply(ds, BLOCK, v_tile, v_width, UNIT, dout_t, BLOCK, tall, cols, v_dim, SET)
+    multiply(scores, BLOCK, k_tile, words, UNIT, q_t, BLOCK, tall, cols, deep, SET)
+    multiply(ds, BLOCK, v_tile, v_words, UNIT, dout_t, BLOCK, tall, cols, v_deep, SET)
     for panel in range((rows + PANEL - 1) // PANEL):
         start = panel * PANEL
         used = min(PANEL, rows - start)
         make_scores(
-            offset(scores, start), BLOCK, offset(bounded, start), tile, stage, offset(stats, start),
-            rules, batch, head, row + start, used, min(PANEL, cols - start), first, keys,
-            seq_q, seq_k,
+            offset(scores, start), BLOCK, offset(bounded, start), tile, stage,
+            offset(stats, start), rules, batch, head, row + start, used, min(PANEL, cols - start),
+            first, keys, seq_q, seq_k,
         )  # fmt: skip
         if dropping:
             mark_dropped(
@@ -161,74 +222,100 @@ def _gradients(
             softmax_gradient(of_scores, of_ds, BLOCK, keys, factor, top, part, delta)
         if dropping:
             keep_columns(of_scores, BLOCK, keys, offset(marks, j))
+    if rows % per:  # the last query has none to pair with
+        _clear_column(scores, rows, keys)
+        _clear_column(ds, rows, keys)
+
+
+@callee
+def _gradients(
+    dq, dk, dv, dbias, spaces, k_tile, k_deep, dim, v_dim, row, rows, first, keys, rules,
+    bias_strides, wanted,
+):  # fmt: skip
+    """Add what one block of queries and one tile of keys give each other."""
+    once()
+    q, _, dout, _, scores, ds, marks, bounded, _, stage, line, _ = spaces
+    want_dq, want_dk, want_dv, want_dbias = wanted
+    step, per = lanes(scores), per_word(k_tile)
+    width, v_width = width_of(k_tile, dim), width_of(k_tile, v_dim)
+    tall, cols = (keys + HEIGHT - 1) // HEIGHT * HEIGHT, padded(rows)
+    deep_rows, deep_keys = (rows + per - 1) // per, (keys + per - 1) // per
+    packed, across = as_kind(marks, k_tile), BLOCK // per
+    p, s = either(k_tile, packed, scores), either(k_tile, packed, ds)
     if want_dv:
-        multiply(dv, v_width, scores, BLOCK, UNIT, dout, v_width, tall, v_width, rows, ADD)
+        for j in range(0, cols, step):
+            round_rows(offset(packed, j // per), offset(scores, j), BLOCK, keys)
+        multiply(
+            dv, v_width, p, across, UNIT, dout, v_width, tall, padded(v_dim), deep_rows, ADD
+        )  # fmt: skip
     if want_dbias:
         _add_bias(dbias, bias_strides, ds, stage, line, row, rows, first, keys)
     if rules[CAP] > 0:
-        for vector in range(cols // step):
-            j = vector * step
+        for j in range(0, cols, step):
             uncap_columns(offset(ds, j), BLOCK, keys, offset(bounded, j))
     if want_dk:
-        multiply(dk, width, ds, BLOCK, UNIT, q, width, tall, width, rows, ADD)
+        for j in range(0, cols, step):
+            round_rows(offset(packed, j // per), offset(ds, j), BLOCK, keys)
+        multiply(dk, width, s, across, UNIT, q, width, tall, padded(dim), deep_rows, ADD)
     if want_dq:
-        multiply(dq, width, ds, UNIT, BLOCK, k_tile, width, cols, width, keys, ADD)
+        for j in range(0, cols, step):
+            pair_rows(offset(packed, j), offset(ds, j), BLOCK, keys)
+        multiply(dq, width, s, UNIT, BLOCK, k_deep, width, cols, padded(dim), deep_keys, ADD)
 
 
 @callee
 def _one_head(
-    dq, dk, dv, dbias, k_tile, v_tile, block, counters, dout, dlse, with_lse, q, out, highest,
-    total, dim, v_dim, batch, head, heads, first, keys, seq_q, seq_k, max_q, sign, factor, rules,
-    bias_strides, wanted, dout_stride, q_stride, out_stride,
+    dq, dk, dv, dbias, k_tile, k_deep, v_tile, block, row_kind, counters, dout, dlse, with_lse, q,
+    highest, total, delta, dim, v_dim, batch, head, heads, first, keys, seq_q, seq_k, max_q, sign,
+    factor, rules, bias_strides, wanted, dout_stride, q_stride,
 ):  # fmt: skip
     """Take all queries of one head, block by block, to one tile of keys."""
     once()
-    width, v_width = padded(dim), padded(v_dim)
-    q_block, q_t = block, offset(block, BLOCK * width)
-    dout_block = offset(q_t, BLOCK * width)
-    dout_t = offset(dout_block, BLOCK * v_width)
-    stats = offset(dout_t, BLOCK * v_width + 4 * KEYS * BLOCK + 2 * KEYS * PANEL + KEYS)
-    one = real(block, 1)
+    width, one = width_of(k_tile, dim), real(block, 1)
+    spaces = _block_spaces(block, k_tile, dim, v_dim)
+    q_deep, q_t, dout_deep, dout_t, scores, _, _, _, _, _, _, stats = spaces
+    lines = as_kind(scores, row_kind)
     for row in range(0, seq_q, BLOCK):
         rows = min(BLOCK, seq_q - row)
         if end_seen(rules, row + rows - 1, seq_q, seq_k) <= first:
             continue
         if first_seen(rules, row, seq_q, seq_k) >= first + keys:
             continue
-        tall = padded(rows)
-        q_rows, dout_rows = offset(q, row * q_stride), offset(dout, row * dout_stride)
-        read_rows(q_block, width, q_rows, q_stride, rows, tall, dim, sign, NONE, NONE)
-        read_rows(dout_block, v_width, dout_rows, dout_stride, rows, tall, v_dim, one, NONE, NONE)
-        transpose(q_t, BLOCK, q_block, width, tall, width)
-        transpose(dout_t, BLOCK, dout_block, v_width, tall, v_width)
+        # Of whole rows of a product, or what it makes of the others would be added to theirs.
+        seen = end_seen(rules, row + rows - 1, seq_q, seq_k) - first
+        seen = min(keys, (seen + HEIGHT - 1) // HEIGHT * HEIGHT)
+        dout_rows = offset(dout, row * dout_stride)
+        _read_block(q_deep, q_t, lines, offset(q, row * q_stride), q_stride, rows, dim, sign)
+        _read_block(dout_deep, dout_t, lines, dout_rows, dout_stride, rows, v_dim, one)
         _read_statistics(
-            stats, dout_rows, offset(dlse, row), with_lse, offset(out, row * out_stride),
-            offset(highest, row), offset(total, row), rows, v_dim, tall, dout_stride, out_stride,
+            stats, offset(highest, row), offset(total, row), offset(delta, row), offset(dlse, row),
+            with_lse, rows, padded(rows),
+        )  # fmt: skip
+        _make_tiles(
+            spaces, k_tile, v_tile, counters, dim, v_dim, batch, head, heads, row, rows, first,
+            seen, seq_q, seq_k, max_q, factor, rules,
         )  # fmt: skip
         _gradients(
-            offset(dq, row * width), dk, dv, dbias, k_tile, v_tile, block, counters, dim, v_dim,
-            batch, head, heads, row, rows, first, keys, seq_q, seq_k, max_q, factor, rules,
-            bias_strides, wanted,
+            offset(dq, row * width), dk, dv, dbias, spaces, k_tile, k_deep, dim, v_dim, row, rows,
+            first, seen, rules, bias_strides, wanted,
         )  # fmt: skip
 
 
 @callee
-def _spaces(scratch_at, slot, scratch_size, wide, size_of_wide, width, v_width):
-    """A thread's scratch: keys, values, the gradients of both, what a block needs, counters."""
+def _spaces(scratch_at, slot, scratch_size, wide, size_of_wide, tile_kind, dim, v_dim):
+    """A thread's scratch: keys, and to be multiplied along them, values, the gradients of keys and
+    of values, what a block needs, counters."""
+    width, v_width = room(dim), room(v_dim)
     k_tile = offset(pointer(scratch_at, wide), slot * scratch_size)
-    v_tile = offset(k_tile, KEYS * width)
+    k_deep = offset(k_tile, KEYS * width)
+    v_tile = offset(k_deep, KEYS * width)
     dk_tile = offset(v_tile, KEYS * v_width)
     dv_tile = offset(dk_tile, KEYS * width)
     block = offset(dv_tile, KEYS * v_width)
     before = (slot + 1) * scratch_size - 2 * BLOCK
-    return (
-        k_tile,
-        v_tile,
-        dk_tile,
-        dv_tile,
-        block,
-        pointer(scratch_at + before * size_of_wide, INTEGER),
-    )
+    counters = pointer(scratch_at + before * size_of_wide, INTEGER)
+    k_tile, k_deep = as_kind(k_tile, tile_kind), as_kind(k_deep, tile_kind)
+    return k_tile, k_deep, as_kind(v_tile, tile_kind), dk_tile, dv_tile, block, counters
 
 
 @callee
@@ -238,15 +325,16 @@ def _all_heads(
 ):  # fmt: skip
     """Take all query heads that share a tile of keys to it."""
     once()
-    k_tile, v_tile, dk_tile, dv_tile, block, counters = spaces
+    k_tile, k_deep, v_tile, dk_tile, dv_tile, block, counters = spaces
     dq_at, _, _, dbias_at = grads
-    dout_at, dlse_at, q_at, k_at, v_at, out_at, highest_at, total_at = ins
-    kind, wide, _ = kinds
+    dout_at, dlse_at, q_at, k_at, v_at, highest_at, total_at, delta_at = ins
+    kind, wide, _, _, row_kind = kinds
     _, heads, kv_heads, max_q, _, dim, v_dim, _, _, _ = sizes
     _, _, dout_strides, q_strides, k_strides, v_strides = strides[:6]
-    out_strides, row_strides, dbias_strides, dq_strides = strides[6:]
+    row_strides, dbias_strides, dq_strides = strides[6:]
     first_q, seq_q, first_k, seq_k = spans
-    width, v_width, group = padded(dim), padded(v_dim), heads // kv_heads
+    width, v_width, group = width_of(k_tile, dim), width_of(v_tile, v_dim), heads // kv_heads
+    k_lines, v_lines = as_kind(k_tile, row_kind), as_kind(v_tile, row_kind)
     mask_at, mask_strides, padding = rules[MASK]
     one, step = real(wide, 1), mask_strides[3]
     k = offset(pointer(k_at, kind), place_of(k_strides, batch, kv_head, first_k + first))
@@ -254,21 +342,22 @@ def _all_heads(
     for head in range(kv_head * group, (kv_head + 1) * group):
         seen = mask_at + place_of(mask_strides, batch, head, 0) + first * step
         seen = seen if padding else 0
-        read_tile(k_tile, width, k, k_strides[2], keys, dim, one, seen, step)
-        read_tile(v_tile, v_width, v, v_strides[2], keys, v_dim, one, seen, step)
+        read_tile(k_lines, width, k, k_strides[2], keys, dim, one, seen, step)
+        read_tile(v_lines, v_width, v, v_strides[2], keys, v_dim, one, seen, step)
+        pair_lines(k_deep, k_lines, width, keys, dim)
         sums = part * dq_strides[0] + place_of(dq_strides[1:], batch, head, first_q)
         place = place_of(row_strides, batch, head, first_q)
         _one_head(
             offset(pointer(dq_at, wide), sums), dk_tile, dv_tile,
             offset(pointer(dbias_at, wide), place_of(dbias_strides, batch, head, 0)),
-            k_tile, v_tile, block, counters,
+            k_tile, either(k_tile, k_deep, k_tile), v_tile, block, row_kind, counters,
             offset(pointer(dout_at, kind), place_of(dout_strides, batch, head, first_q)),
             offset(pointer(dlse_at, wide), place), dlse_at != 0,
             offset(pointer(q_at, kind), place_of(q_strides, batch, head, first_q)),
-            offset(pointer(out_at, kind), place_of(out_strides, batch, head, first_q)),
             offset(pointer(highest_at, wide), place), offset(pointer(total_at, wide), place),
+            offset(pointer(delta_at, wide), place),
             dim, v_dim, batch, head, heads, first, keys, seq_q, seq_k, max_q, sign, factor, rules,
-            dbias_strides, wanted, dout_strides[2], q_strides[2], out_strides[2],
+            dbias_strides, wanted, dout_strides[2], q_strides[2],
         )  # fmt: skip
 
 
@@ -281,13 +370,13 @@ def differentiate(
     # or all of those whose bias is one. dq has room to pad the rows of a sequence, dbias is [batch
     # or 1, heads or 1, rows or 1, keys].
     _, dk_at, dv_at, _ = grads
-    kind, wide, size_of_wide = kinds
+    kind, wide, size_of_wide, tile_kind, _ = kinds
     _, _, kv_heads, max_q, max_k, dim, v_dim, parts, at_once, heads_at_once = sizes
     dk_strides, dv_strides = strides[:2]
-    width, v_width = padded(dim), padded(v_dim)
     factor, sign = (real(wide, factors[0]), real(wide, factors[1])), real(wide, sign)
-    spaces = _spaces(scratch_at, slot, scratch_size, wide, size_of_wide, width, v_width)
-    _, _, dk_tile, dv_tile, _, _ = spaces
+    spaces = _spaces(scratch_at, slot, scratch_size, wide, size_of_wide, tile_kind, dim, v_dim)
+    k_tile, _, v_tile, dk_tile, dv_tile, _, _ = spaces
+    width, v_width = width_of(k_tile, dim), width_of(v_tile, v_dim)
 
     tiles, head_groups = (max_k + KEYS - 1) // KEYS, kv_heads // heads_at_once
     while True:
@@ -305,7 +394,8 @@ def differentiate(
             keys = min(KEYS, seq_k - first)
             if keys <= 0:
                 continue
-            fill(dk_tile, KEYS * (width + v_width))
+            fill(dk_tile, KEYS * width)
+            fill(dv_tile, KEYS * v_width)
             _all_heads(
                 spaces, grads, ins, kinds, sizes, strides, rules, wanted,
                 (first_q, seq_q, first_k, seq_k), batch, kv_head, part, first, keys, sign, factor,
@@ -319,14 +409,11 @@ def differentiate(
 
 
 @Kernel
-def differentiate_sinks(
-    head, dsinks_at, sinks_at, ins, kinds, sizes, strides, row_strides, ends, factors
-):
+def differentiate_sinks(head, dsinks_at, sinks_at, ins, kinds, sizes, row_strides, ends, factors):
     """dsink = -sum(exp(sink - lse) delta) over the rows of a head."""
-    dout_at, dlse_at, out_at, highest_at, total_at = ins
-    kind, wide, sink_kind = kinds
-    batches, max_q, v_dim = sizes
-    dout_strides, out_strides = strides
+    highest_at, total_at, delta_at = ins
+    wide, sink_kind = kinds
+    batches, max_q = sizes
     sink = np.float64(load(pointer(sinks_at, sink_kind), head))
     main, rest = factors
     found = 0.0
@@ -335,15 +422,8 @@ def differentiate_sinks(
         for i in range(rows):
             place = place_of(row_strides, batch, head, first + i)
             total = np.float64(load(pointer(total_at, wide), place))
-            if total == 0.0:
-                continue
-            x = offset(pointer(dout_at, kind), place_of(dout_strides, batch, head, first + i))
-            y = offset(pointer(out_at, kind), place_of(out_strides, batch, head, first + i))
-            delta = 0.0
-            for j in range(v_dim):
-                delta += np.float64(load(x, j)) * np.float64(load(y, j))
-            if dlse_at:
-                delta -= np.float64(load(pointer(dlse_at, wide), place))
-            highest = np.float64(load(pointer(highest_at, wide), place))
-            found -= 2.0 ** (sink * main + sink * rest - highest) / total * delta
-    store(pointer(dsinks_at, sink_kind), head, real(kind, found))
+            if total != 0.0:
+                highest = np.float64(load(pointer(highest_at, wide), place))
+                delta = np.float64(load(pointer(delta_at, wide), place))
+                found -= 2.0 ** (sink * main + sink * rest - highest) / total * delta
+    store(pointer(dsinks_at, sink_kind), head, real(wide, found))

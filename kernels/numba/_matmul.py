@@ -2,12 +2,14 @@
 
 A BLAS call per tile reaches half of what the machine can do; these reach 97 to 100 % of the peak of
 one core (2-core AMD Zen 5, fp32, 2026-11). A is read a scalar at a time with any two strides, so
-either operand may be transposed where it lies; B and C are rows of vectors. Fp32 and fp64.
+either operand may be transposed where it lies; B and C are rows of vectors. Fp32 and fp64; and
+words of two bf16 each, int32 to their pointers, which one instruction multiplies and adds.
 """
 
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tilewise.kernels.numba._lanes import (
@@ -57,10 +59,33 @@ def once(typing_context):
 def _emit_step(builder, a, a_offsets, b, sums, vectors):
     """sums[HEIGHT, vectors] + one column of A times one row of B."""
     vector = sums[0].type
+    if a.type.pointee == INT32:
+        return _emit_pair_step(builder, a, a_offsets, b, sums, vectors)
     columns = [load_vector(builder, b, j * vector.count) for j in range(vectors)]
     scalars = [splat(builder, builder.load(builder.gep(a, [o])), vector) for o in a_offsets]
     return [
         call(builder, "fma", scalars[n // vectors], columns[n % vectors], total)
+        for n, total in enumerate(sums)
+    ]
+
+
+def _emit_pair_step(builder, a, a_offsets, b, sums, vectors):
+    """The same of two columns and two rows, in words of two bf16."""
+    vector = sums[0].type
+    words = ir.VectorType(INT32, vector.count)
+    kind = ir.FunctionType(vector, [vector, words, words])
+    dot = cgutils.get_or_insert_function(
+        builder.module, kind, f"llvm.x86.avx512bf16.dpbf16ps.{32 * vector.count}"
+    )
+    columns = []
+    for j in range(vectors):
+        place = builder.gep(b, [INT64(j * vector.count)])
+        column = builder.load(builder.bitcast(place, words.as_pointer()))
+        column.align = 4
+        columns.append(column)
+    scalars = [splat(builder, builder.load(builder.gep(a, [o])), words) for o in a_offsets]
+    return [
+        builder.call(dot, [total, scalars[n // vectors], columns[n % vectors]])
         for n, total in enumerate(sums)
     ]
 
@@ -184,7 +209,8 @@ def _multiply_chain(c, c_stride, a, a_row, a_step, b, b_stride, rows, cols, dept
 def multiply(c, c_stride, a, a_row, a_step, b, b_stride, rows, cols, depth, old):
     """C[rows, cols] = A[rows, depth] B[depth, cols], added to C where `old` is not SET.
 
-    A[i, k] is `a[i * a_row + k * a_step]`. `rows` is a multiple of HEIGHT, `cols` of the lanes.
+    A[i, k] is `a[i * a_row + k * a_step]`. `rows` is a multiple of HEIGHT, `cols` of the lanes. Of
+    words the depth is their number.
     """
     once()
     longest = min(CHAIN, (depth + 1) // 2)

@@ -24,12 +24,12 @@ from tilewise.kernels.numba._shared import broadcast_strides
 from tilewise.kernels.numba._simd import INTEGER, address, kind, load, offset, pointer, real, store
 
 KEYS = np.int64(128)  # in a tile, which with its scores stays in the L2 cache
-BLOCK = np.int64(64)  # of queries that share a tile; a multiple of every PANEL
 FLAG = np.uint8(0)
 FAR = float("inf")
 
-# Lines of BLOCK numbers, one for each query of a block.
-HIGHEST, TOTAL, RESCALE, START, SLOPE = (np.int64(i) * BLOCK for i in range(5))
+# Lines of numbers, one for each query of a block.
+LINE = np.int64(128)
+HIGHEST, TOTAL, RESCALE, START, SLOPE = (np.int64(i) * LINE for i in range(5))
 LINES = 5
 
 # Where these stand in what `rules_of` returns.

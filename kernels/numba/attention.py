@@ -7,20 +7,24 @@ from torch import Tensor
 
 from tilewise.kernels.numba import _attend, _attend_back
 from tilewise.kernels.numba._online_softmax import scaling
-from tilewise.kernels.numba._rules import BLOCK, KEYS, SCORED, rules_of
+from tilewise.kernels.numba._operands import MULTIPLIES_PAIRS, PAIR
+from tilewise.kernels.numba._rules import KEYS, SCORED, rules_of
 from tilewise.kernels.numba._shared import (
     broadcast_strides,
+    parts_for,
     same_layout,
     thread_scratch,
     wide_dtype,
 )
-from tilewise.kernels.numba._simd import address, kind
+from tilewise.kernels.numba._simd import KINDS, address, kind
 from tilewise.kernels.numba._tiles import ROUND, rounded
 
 # Dq is summed in parts while there are fewer tasks, and memory, than this. By the sizes alone, so
 # that the bits do not depend on the number of threads.
 TASKS = 8
 PART_ELEMENTS = 1 << 26
+
+FEW_QUERIES = 64  # of a head: below, the heads that share a key are on the lanes together
 
 
 def _scaling(q: Tensor, rules: tuple, scale: float) -> tuple[float, tuple[float, float]]:
@@ -89,18 +93,35 @@ def _attend_all(
     dim, v_dim, mask, sinks = q.shape[-1], v.shape[-1], given[0], given[3]
     group = heads // kv_heads
     own_padding = mask is not None and mask.shape[2] == 1 and mask.shape[1] > 1
-    shared = group if seq_q < BLOCK and not own_padding else 1
-    items = batch * heads // shared * -(-seq_q * shared // int(BLOCK))
+    shared = group if seq_q < FEW_QUERIES and not own_padding else 1
+    items = batch * heads // shared * -(-seq_q * shared // int(_attend.BLOCK))
     counter, scratch, size = thread_scratch(highest, _attend.scratch_of(dim, v_dim))
     rules = rules_of(q, *given)
     _attend.attend(
         torch.get_num_threads(), total.numel() * seq_k, address(counter), items,
         address(scratch), size, (address(out), address(highest), address(total)),
         (address(q), address(k), address(v), address(sinks)),
-        (kind(q), kind(total), kind(q if sinks is None else sinks), total.itemsize),
+        (kind(q), kind(total), kind(q if sinks is None else sinks), total.itemsize,
+         *_tiles_of(q, v)),
         (heads, kv_heads, seq_q, seq_k, dim, v_dim, shared), strides, ends, rules,
         *_scaling(q, rules, scale),
     )  # fmt: skip
+
+
+def _tiles_of(q: Tensor, v: Tensor) -> tuple:
+    """The kinds of a tile and of its rows: words of two bf16 where the CPU multiplies those, if a
+    block of them fits in the scratch for scores."""
+    widest = max(q.shape[-1], v.shape[-1])
+    if q.dtype == torch.bfloat16 and MULTIPLIES_PAIRS and widest <= 8 * int(KEYS):
+        return PAIR, kind(q)
+    wide = KINDS[wide_dtype(q.dtype)]
+    return wide, wide
+
+
+def _width(q: Tensor, v: Tensor) -> int:
+    """Numbers in a row of a tile of queries."""
+    per = 2 if _tiles_of(q, v)[0] is PAIR else 1
+    return rounded(-(-q.shape[-1] // per)) * per
 
 
 def _size(scale: float) -> float:
@@ -122,7 +143,7 @@ def attention_backward(
     sizes = (batch, heads, k.shape[1], seq_q, k.shape[2])
     dk = same_layout(k, dim) if want_dk else q.new_empty(0)
     dv = same_layout(v, v.shape[3]) if want_dv else q.new_empty(0)
-    lines, width = rounded(seq_q), rounded(dim)
+    lines, width = rounded(seq_q), _width(q, v)
     place = (batch * heads * lines * width, (heads * lines * width, lines * width, width))
     strides = [t.stride()[:3] if t.numel() else (0, 0, 0) for t in (dk, dv, dout, q, k, v, out)]
     strides.append(total.stride())
@@ -154,7 +175,7 @@ def attention_varlen_backward(
     dk = same_layout(k, dim).zero_() if want_dk else q.new_empty(0)
     dv = same_layout(v, v.shape[2]).zero_() if want_dv else q.new_empty(0)
     # Before each sequence is room to pad the one before, and behind the last a row of zeros.
-    lines, width = rows + batch * ROUND + 1, rounded(dim)
+    lines, width = rows + batch * ROUND + 1, _width(q, v)
     place = (heads * lines * width, (ROUND * width, lines * width, width))
     strides = [_of_packed(t) if t.numel() else (0, 0, 0) for t in (dk, dv, dout, q, k, v, out)]
     strides.append((0, *total.stride()))
@@ -204,16 +225,23 @@ def _differentiate(
     parts = min(tiles, max(TASKS // units, 1), max(PART_ELEMENTS // q.numel(), 1))
     sums = total.new_zeros(parts if want[0] else 0, place[0])
     dbias = total.new_zeros(bias.shape) if want[3] else None
+    delta = torch.empty_like(total)
+    parts_of_rows = parts_for(batch * heads)
+    _attend_back.sum_products(
+        parts_of_rows, 2 * dout.numel(), parts_of_rows,
+        *map(address, (delta, dout, dlse, out)), (kind(q), kind(total)),
+        (batch, heads, seq_q, v_dim), (strides[2], strides[6]), strides[7], ends[0],
+    )  # fmt: skip
     if any(want):
         counter, scratch, size = thread_scratch(total, _attend_back.scratch_of(dim, v_dim))
         _attend_back.differentiate(
             torch.get_num_threads(), 2 * total.numel() * seq_k, address(counter), units * parts,
             address(scratch), size, tuple(map(address, (sums, *grads, dbias))),
-            tuple(map(address, (dout, dlse, q, k, v, out, highest, total))),
-            (kind(q), kind(total), total.itemsize),
+            tuple(map(address, (dout, dlse, q, k, v, highest, total, delta))),
+            (kind(q), kind(total), total.itemsize, *_tiles_of(q, v)),
             (batch, heads, kv_heads, seq_q, seq_k, dim, v_dim, parts, at_once, heads_at_once),
-            (*strides, broadcast_strides(dbias), (place[0], *place[1])), ends, rules,
-            tuple(map(int, want)), sign, _size(scale), factors,
+            (*strides[:6], strides[7], broadcast_strides(dbias), (place[0], *place[1])), ends,
+            rules, tuple(map(int, want)), sign, _size(scale), factors,
         )  # fmt: skip
     for part in sums[1:]:
         sums[0] += part
@@ -221,10 +249,9 @@ def _differentiate(
     if want_dsinks:
         dsinks = sinks.new_empty(heads)
         _attend_back.differentiate_sinks(
-            heads, dout.numel(), address(dsinks), address(sinks),
-            tuple(map(address, (dout, dlse, out, highest, total))),
-            (kind(q), kind(total), kind(sinks)), (batch, seq_q, v_dim), (strides[2], strides[6]),
-            strides[7], ends[0], factors,
+            heads, total.numel(), address(dsinks), address(sinks),
+            tuple(map(address, (highest, total, delta))), (kind(total), kind(sinks)),
+            (batch, seq_q), strides[7], ends[0], factors,
         )  # fmt: skip
     dq = sums[0].mul_(scale) if want[0] else q.new_empty(0)
     return dq, q.new_empty(0) if dbias is None else dbias.to(bias.dtype), dsinks

@@ -77,7 +77,7 @@ SIZES: list[Size] = [
     TINY | {"seq_q": 1, "seq_k": 1, "dim": 1},
     TINY | {"heads": 6, "seq_q": 1, "seq_k": 79, "dim": 16},  # heads share the lanes
     TINY | {"seq_q": 64, "seq_k": 64, "dim": 64, "causal": True},  # whole blocks
-    TINY | {"seq_q": 67, "seq_k": 131, "dim": 40, "v_dim": 16, "causal": True},
+    TINY | {"seq_q": 67, "seq_k": 132, "dim": 40, "v_dim": 16, "causal": True},
     TINY | {"seq_q": 131, "seq_k": 67, "dim": 24, "v_dim": 40, "causal": True},
     TINY | {"seq_q": 33, "seq_k": 65, "dim": 128},
     TINY | {"seq_q": 18, "seq_k": 33, "dim": 256},
