@@ -1,0 +1,167 @@
+// What a launch of attention is about: where its tensors lie, and what becomes of the scores.
+#pragma once
+
+#include "cuda/cluster_launch.cuh"
+#include "cuda/dropout.cuh"
+#include "cuda/scores.cuh"
+
+namespace tilewise {
+
+constexpr int kAttentionWarps = 4;
+constexpr int kAttentionThreads = kAttentionWarps * kWarpSize;
+constexpr int64_t kMostPositions = int64_t{1} << 29;  // sums of a few of them are ints
+constexpr float kLog2E = 1.4426950408889634f;
+
+// A [batch, heads, seq, dim] whose rows are each in one piece.
+template <typename T>
+struct Heads {
+  T* at;
+  int64_t batch, head, row;
+
+  __device__ T* of(int64_t b, int64_t h) const { return at + b * batch + h * head; }
+};
+
+// What is added to the scores and what hides them: each may be missing. dtype of the bias and of
+// the sinks: that of q, or fp32.
+struct Options {
+  const uint8_t* mask;
+  Strides mask_strides;
+  const void* bias;
+  Strides bias_strides;
+  const float* slopes;
+  int64_t slopes_batch, slopes_head;
+  const void* sinks;
+  bool bias_single, sinks_single;
+  int left, right;  // of what a query sees beside its own place; -1 is all
+  float softcap;
+  Dropout dropout;
+};
+
+struct Sizes {
+  int batch, heads, kv_heads, seq_q, seq_k, dim, v_dim;
+};
+
+// The forward pass takes 1 / (1 - p) of dropout to the end.
+template <typename T>
+struct Attention {
+  Heads<const T> q, k, v;
+  Sizes size;
+  Options options;
+  float scale;
+  bool wide;  // all rows can be moved 16 bytes at a time
+
+  // What a score is multiplied by to be in units of log 2.
+  __device__ float factor() const { return scale * kLog2E; }
+  __device__ int group() const { return size.heads / size.kv_heads; }
+  // How far the place of a query among the keys is from its own number.
+  __device__ int ahead() const { return size.seq_k - size.seq_q; }
+};
+
+// Which head a block works on, and which of its tiles; the last tiles first if they are `longest`.
+struct Block {
+  int64_t index;  // batch * heads + head
+  int batch, head, tile;
+
+  __device__ Block(int batches, int heads, int tiles, bool last_first) {
+    const unsigned all = static_cast<unsigned>(batches) * heads;
+    const unsigned turn = blockIdx.x / all, which = blockIdx.x % all;
+    index = which;
+    batch = which / heads;
+    head = which % heads;
+    tile = last_first ? tiles - 1 - turn : turn;
+  }
+};
+
+// The tiles, of `tile` positions each, of the other side that [from, to] see, `to` included; those
+// that all of these see whole come first.
+struct Reach {
+  int first, whole_begin, whole_end, last;
+
+  __device__ Reach(int from, int to, int ahead, int left, int right, int size, int tile) {
+    const int begin = left < 0 ? 0 : max(0, from + ahead - left);
+    const int end = right < 0 ? size : min(size, to + ahead + right + 1);
+    first = begin / tile;
+    last = end > begin ? (end + tile - 1) / tile : first;
+    const int all_begin = left < 0 ? 0 : max(0, to + ahead - left);
+    const int all_end = right < 0 ? size : max(0, min(size, from + ahead + right + 1));
+    whole_begin = min((all_begin + tile - 1) / tile, last);
+    whole_end = max(whole_begin, min(all_end / tile, last));
+  }
+
+  __device__ int count() const { return last - first; }
+  __device__ int whole() const { return whole_end - whole_begin; }
+
+  // The n-th tile in this order.
+  __device__ int at(int n) const {
+    if (n < whole()) return whole_begin + n;
+    const int before = first + n - whole();
+    return before < whole_begin ? before : before + whole();
+  }
+};
+
+// --- Of launches.
+
+inline int64_t tiles_of(int64_t size, int tile) { return (size + tile - 1) / tile; }
+
+// A side of the window, as an int that counts as much.
+inline int limit_of(int64_t side) {
+  return side < 0 ? -1 : static_cast<int>(std::min(side, kMostPositions));
+}
+
+inline bool are_like(DType dtype, DType bias_dtype, DType sinks_dtype) {
+  const auto is_like = [&](DType other) { return other == dtype || other == DType::f32; };
+  return is_like(bias_dtype) && is_like(sinks_dtype);
+}
+
+// The sizes, if there is a kernel for them.
+inline bool sizes_of(Sizes& size, int64_t batch, int64_t heads, int64_t kv_heads, int64_t seq_q,
+                     int64_t seq_k, int64_t dim, int64_t v_dim) {
+  for (const int64_t n : {batch, heads, kv_heads, seq_q, seq_k, dim, v_dim}) {
+    if (n <= 0 || n > kMostPositions) return false;
+  }
+  size = {static_cast<int>(batch), static_cast<int>(heads), static_cast<int>(kv_heads),
+          static_cast<int>(seq_q), static_cast<int>(seq_k), static_cast<int>(dim),
+          static_cast<int>(v_dim)};
+  return heads % kv_heads == 0;
+}
+
+// Whether scores are more than products times a positive scale, or rows are moved by elements.
+template <typename T>
+bool is_scored(const Attention<T>& a) {
+  const Options& o = a.options;
+  const bool asked = o.mask || o.bias || o.slopes || o.sinks || o.softcap != 0.f;
+  return asked || o.dropout.threshold != 0 || !(a.scale > 0.f) || !a.wide;
+}
+
+// Call body with the C++ type of dtype: there are no kernels for fp32.
+template <typename Body>
+cudaError_t for_half(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::f16: return body(Type<__half>{});
+    case DType::bf16: return body(Type<__nv_bfloat16>{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+// Call body with the width that heads are padded to, and with `scored`, as constants.
+template <typename Body>
+cudaError_t for_width(const Sizes& size, bool scored, Body body) {
+  const auto with = [&](auto width) {
+    return scored ? body(width, std::true_type{}) : body(width, std::false_type{});
+  };
+  const int wider = std::max(size.dim, size.v_dim);
+  if (wider <= 32) return with(std::integral_constant<int, 32>{});
+  if (wider <= 64) return with(std::integral_constant<int, 64>{});
+  if (wider <= 128) return with(std::integral_constant<int, 128>{});
+  return cudaErrorInvalidValue;
+}
+
+// Launch a block for each tile of each head.
+template <typename Given>
+cudaError_t launch_tiles(void (*kernel)(Given), int64_t heads, int64_t tiles, int64_t shared,
+                         cudaStream_t stream, const Given& given) {
+  if (heads * tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
+  return launch_clusters(kernel, heads * tiles, 1, kAttentionThreads, shared, stream, given);
+}
+
+}  // namespace tilewise
