@@ -1,10 +1,15 @@
 """Attention in CUDA C++ by the tensor cores of every GPU since Ampere, in fp16 and bf16."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tilewise import _cuda
 from tilewise.kernels.cuda._shared import DTYPES, address, broadcast_strides, draw, stream
+
+LOG2_E = math.log2(math.e)
 
 
 def _laid_out(x: Tensor, cols: int) -> Tensor:
@@ -14,7 +19,7 @@ def _laid_out(x: Tensor, cols: int) -> Tensor:
     return torch.empty_permuted(size, (*order, x.ndim - 1), dtype=x.dtype, device=x.device)
 
 
-def _rows(*tensors: Tensor) -> tuple[int, ...]:
+def _rows(*tensors: Tensor | None) -> tuple[int, ...]:
     """Of each its first three strides, 0 along a dim of 1, where any will do."""
     return tuple(stride for t in tensors for stride in broadcast_strides(t)[:3])
 
@@ -26,17 +31,20 @@ def _sizes(q: Tensor, v: Tensor) -> tuple[int, ...]:
 
 
 def _options(
-    q: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
-    sinks: Tensor | None, left: int, right: int, softcap: float, scale: float, dropout_p: float,
-    seeds: Tensor | None, offsets: Tensor | None, seed: int, offset: int,
+    mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, left: int, right: int,
+    softcap: float, scale: float, *dropout: Any,
 ) -> tuple[int | float, ...]:  # fmt: skip
-    """What follows the strides of q, k and v, up to the stream."""
+    """What follows the strides of q, k and v, up to the dtypes."""
     slopes = (0, 0) if alibi_slopes is None else alibi_slopes.stride()
     return (
         *broadcast_strides(mask), *broadcast_strides(bias), *slopes, left, right, softcap, scale,
-        *draw(dropout_p, seeds, offsets, seed, offset), DTYPES[q.dtype],
-        *(DTYPES[(q if t is None else t).dtype] for t in (bias, sinks)), stream(q),
+        *draw(*dropout),
     )  # fmt: skip
+
+
+def _dtypes(q: Tensor, bias: Tensor | None, sinks: Tensor | None) -> tuple[int, ...]:
+    """Of all three, and the stream; what is missing is like q."""
+    return *(DTYPES[(q if t is None else t).dtype] for t in (q, bias, sinks)), stream(q)
 
 
 def attention_forward(
@@ -55,8 +63,61 @@ def attention_forward(
     _cuda.attention_forward(
         *map(address, tensors), *_sizes(q, v), *_rows(out, q, k, v),
         *_options(
-            q, mask, bias, alibi_slopes, sinks, left, right, softcap, scale, dropout_p, seeds,
-            offsets, seed, offset,
+            mask, bias, alibi_slopes, left, right, softcap, scale, dropout_p, seeds, offsets, seed,
+            offset,
         ),
+        *_dtypes(q, bias, sinks),
     )  # fmt: skip
     return out, highest, total
+
+
+def attention_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+    bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, out: Tensor,
+    highest: Tensor, total: Tensor, left: int, right: int, softcap: float, scale: float,
+    dropout_p: float, seeds: Tensor | None, offsets: Tensor | None, seed: int, offset: int,
+    want_dq: bool, want_dk: bool, want_dv: bool, want_dbias: bool, want_dsinks: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Shapes as in `attention_forward`, dlse [batch, heads, seq_q] -> dq, dk, dv, laid out as q, k
+    and v, dbias and dsinks; what is not wanted is empty."""
+    empty = q.new_empty(0)
+    dq = _laid_out(q, q.shape[-1]) if want_dq else None
+    statistics = q.new_empty(3, *q.shape[:3], dtype=torch.float32)
+    ds = None
+    if want_dbias and bias is not None and bias.shape[-1] > 1:  # zero where no tile is seen
+        ds = q.new_zeros(*q.shape[:3], k.shape[2], dtype=torch.float32)
+    exact = want_dbias or (want_dsinks and sinks is not None and sinks.dtype == torch.float32)
+    given, dtypes = (q, k, v, mask, bias, alibi_slopes, sinks), _dtypes(q, bias, sinks)
+    options = _options(
+        mask, bias, alibi_slopes, left, right, softcap, scale, dropout_p, seeds, offsets, seed,
+        offset,
+    )  # fmt: skip
+    _cuda.attention_queries_backward(
+        *map(address, (dq, statistics, ds, dout, dlse, out, highest, total, *given)),
+        *_sizes(q, v), *_rows(dq, dout, out, q, k, v), *options, exact, *dtypes,
+    )  # fmt: skip
+    dk = dv = dbias = dsinks = None
+    if want_dk or want_dv:
+        dk, dv = _laid_out(k, k.shape[-1]), _laid_out(v, v.shape[-1])
+        _cuda.attention_keys_backward(
+            *map(address, (dk, dv, dout, statistics, *given)),
+            *_sizes(q, v), *_rows(dk, dv, dout, q, k, v), *options, *dtypes,
+        )  # fmt: skip
+    if want_dbias and bias is not None:
+        if ds is None:  # of a row, ds of its keys and of the sink is dlse
+            ds = -_sink_gradients(sinks, statistics)[..., None]
+            ds = ds if dlse is None else ds + torch.where(total == 0, 0.0, dlse)[..., None]
+        dbias = ds.sum_to_size(bias.shape).to(bias.dtype)
+    if want_dsinks and sinks is not None:
+        dsinks = _sink_gradients(sinks, statistics).sum((0, 2)).to(sinks.dtype)
+    grads = zip((dq, dk, dv), (want_dq, want_dk, want_dv), strict=True)
+    grads = (t if wanted else None for t, wanted in grads)
+    return tuple(empty if t is None else t for t in (*grads, dbias, dsinks))
+
+
+def _sink_gradients(sinks: Tensor | None, statistics: Tensor) -> Tensor:
+    """ds of the sink of each row, 0 if there is none."""
+    highest, part, delta = statistics
+    if sinks is None:
+        return torch.zeros_like(delta)
+    return -torch.exp2(LOG2_E * sinks.float()[:, None] - highest) * part * delta

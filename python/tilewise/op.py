@@ -122,13 +122,14 @@ def backends_of(
     numba: Callable[..., str | None] | None = None,
     triton: Callable[..., str | None] | None = None,
     leading: int = 0,
+    cuda_dtypes: frozenset[torch.dtype] = FLOATS,
 ) -> dict[str, Backend]:
     """The backends of an op by the house's rule, in the automatic order: cuda, numba, triton.
 
     Each argument is that backend's `refuses`; None means the op has no such kernel.
     """
     table = {
-        "cuda": (cuda, native.MODULE, CUDA_DEVICES, FLOATS),
+        "cuda": (cuda, native.MODULE, CUDA_DEVICES, cuda_dtypes),
         "numba": (numba, "numba", CPU, CPU_FLOATS),
         "triton": (triton, "triton", TRITON_DEVICES, FLOATS),
     }

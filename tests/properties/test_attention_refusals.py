@@ -55,7 +55,7 @@ OPTIONS = [
     (ValueError, "must be given seed or generator, got both",
      {"dropout_p": 0.1, "seed": 1, "generator": torch.Generator()}),
     (TypeError, "seed must be an int or a tensor, got float", {"dropout_p": 0.1, "seed": 1.5}),
-    (ValueError, "backend must be one of numba, triton, reference, got 'abacus'",
+    (ValueError, "backend must be one of cuda, numba, triton, reference, got 'abacus'",
      {"backend": "abacus"}),
 ]  # fmt: skip
 REFUSED = [

@@ -11,6 +11,7 @@ from tilewise.choice import choose
 from tilewise.heads.checks import check_heads, check_options
 from tilewise.heads.formula import Window, attended, limits, scale_of
 from tilewise.op import (
+    HALVES,
     Op,
     autocast_dtype,
     backends_of,
@@ -29,8 +30,11 @@ from tilewise.rng import as_arguments, seed_and_offset
 _OPTIONS = ("bias", "sinks", "window", "alibi_slopes", "softcap", "dropout")
 
 
-def _refusing(lacks: tuple[str, ...], widest: int | None = None) -> Callable[..., str | None]:
-    """The `refuses` of a backend without some options, whose heads are at most so wide."""
+def _refusing(
+    lacks: tuple[str, ...] = (), widest: int | None = None, longest: int | None = None
+) -> Callable[..., str | None]:
+    """The `refuses` of a backend without some options, whose heads are at most so wide, and whose
+    sequences are at most so long."""
 
     def refuses(
         q: Tensor,
@@ -57,6 +61,9 @@ def _refusing(lacks: tuple[str, ...], widest: int | None = None) -> Callable[...
         wide = max(q.shape[-1], v.shape[-1])
         if widest is not None and wide > widest:
             return f"takes heads up to {widest} wide, got {wide}"
+        length = max(q.shape[-2], k.shape[-2])
+        if longest is not None and length > longest:
+            return f"takes up to {longest} queries and keys, got {length}"
         return None
 
     return refuses
@@ -64,6 +71,8 @@ def _refusing(lacks: tuple[str, ...], widest: int | None = None) -> Callable[...
 
 BACKENDS = backends_of(
     "attention",
+    cuda=_refusing(widest=128, longest=2**29),  # sums in registers; places are ints
+    cuda_dtypes=HALVES,  # what tensor cores take
     numba=takes_all,
     triton=_refusing(_OPTIONS, widest=256),  # a tile in registers
 )

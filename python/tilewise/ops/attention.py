@@ -68,7 +68,7 @@ def attention(
         seed: int64, or a tensor `[]`. None draws one on the device.
         offset: int64, counts the draws from one seed; or a tensor `[]`. None is 0.
         generator: Draws the seed, where none is given. None is PyTorch's own.
-        backend: "triton", "numba" or "reference". None picks the first that can run.
+        backend: "cuda", "triton", "numba" or "reference". None picks the first that can run.
 
     Returns:
         `[batch, heads, seq_q, v_dim]`, dtype of `q`, its dims in memory in the order of those of
@@ -145,7 +145,7 @@ def attention_with_lse(
         seed: int64, or a tensor `[]`. None draws one on the device.
         offset: int64, counts the draws from one seed; or a tensor `[]`. None is 0.
         generator: Draws the seed, where none is given. None is PyTorch's own.
-        backend: "triton", "numba" or "reference". None picks the first that can run.
+        backend: "cuda", "triton", "numba" or "reference". None picks the first that can run.
 
     Returns:
         out, `[batch, heads, seq_q, v_dim]`, dtype of `q`; and lse, `[batch, heads, seq_q]`, fp32

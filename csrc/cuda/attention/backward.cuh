@@ -1,0 +1,63 @@
+// What both kernels of the backward pass do to a tile: of products to probabilities and gradients.
+#pragma once
+
+#include "cuda/attention/scores.cuh"
+
+namespace tilewise {
+
+// Of a query: the highest score and 1 / the sum of the powers of two above it, both 0 where there
+// is nothing to attend to, and delta = sum(dout out) - dlse.
+struct Statistics {
+  float highest, part, delta;
+};
+constexpr int kStatistics = 3;
+
+// In the place of s = q k^T and ds = dout v^T, p without what is dropped, and ds, before the scale:
+// of the products if `steep`, else of what the cap makes of them. of(m, n, e) gives the statistics
+// of a sum's query.
+template <bool kScored, bool kChecked, typename T, bool kKeysDown, int kDown, int kAcross,
+          typename Of>
+__device__ void differentiate(Fragments<kDown, kAcross>& s, Fragments<kDown, kAcross>& ds,
+                              const Scores<T>& scores, const Kept& kept,
+                              const Pairs<kKeysDown>& pairs, bool steep, Of of) {
+  constexpr int kSums = kDown * kAcross * 4;
+  static_assert(kSums <= 32, "a bit for each");
+  uint32_t dropped = 0;
+  const auto each = [&](auto body) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const int m = i / (kAcross * 4), n = i / 4 % kAcross, e = i % 4;
+      body(s[m][n][e], ds[m][n][e], of(m, n, e), (dropped >> i & 1) != 0);
+    }
+  };
+  const Dropout& dropout = scores.a.options.dropout;
+  if constexpr (kScored) {
+    if (dropout.threshold) {
+      kept.each<kDown, kAcross>(pairs, [&](int m, int n, int e, bool keep) {
+        ds[m][n][e] = keep ? ds[m][n][e] * dropout.scale : 0.f;
+        dropped |= (keep ? 0u : 1u) << ((m * kAcross + n) * 4 + e);
+      });
+    }
+    each([](float&, float& dp, const Statistics& row, bool) { dp -= row.delta; });
+    if (steep) {
+      scores.cap_both(s, ds, pairs);
+    } else {
+      scores.cap(s, pairs);
+    }
+    scores.finish(s, pairs);
+    each([](float& score, float& dp, const Statistics& row, bool drops) {
+      const float p = exp2_approximate(score - row.highest) * row.part;
+      dp = p == 0.f ? 0.f : p * dp;  // of hidden keys it may be NaN
+      score = drops ? 0.f : p;
+    });
+  } else {
+    if constexpr (kChecked) scores.limit(s, pairs);
+    const float factor = scores.a.factor();
+    each([factor](float& score, float& dp, const Statistics& row, bool) {
+      score = exp2_approximate(score * factor - row.highest) * row.part;
+      dp = score * (dp - row.delta);
+    });
+  }
+}
+
+}  // namespace tilewise

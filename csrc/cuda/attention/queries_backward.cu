@@ -1,0 +1,327 @@
+// dq: a block of queries, past which keys and values stream as in the forward pass. It begins with
+// the statistics of its queries, which the kernel of dk and dv reads after it. Of these delta is
+// only as exact as out, which is rounded: alike for all keys of a query, so that the sum over
+// queries that is the gradient of a bias does not average it away. For this the keys stream twice,
+// and delta is first added up from the probabilities.
+#include "cuda/attention/backward.cuh"
+
+namespace tilewise {
+namespace {
+
+template <typename T>
+struct Backward {
+  Attention<T> a;
+  Heads<T> dq;
+  float *statistics, *ds;
+  Heads<const T> dout, out;
+  const float *dlse, *highest, *total;
+  bool exact;
+};
+
+template <int kDim>
+struct Shape {
+  static constexpr int kDown = 1, kKeys = kDim <= 64 ? 64 : 32;
+  static constexpr int kQueries = kAttentionWarps * 16 * kDown;
+};
+
+template <typename T, int kDim>
+struct Shared {
+  using Keys = Tile<T, Shape<kDim>::kKeys, kDim>;
+  Tile<T, Shape<kDim>::kQueries, kDim> q, dout;
+  Keys k[2], v[2];
+  float delta[Shape<kDim>::kQueries];
+};
+
+// What a warp does.
+template <typename T, int kDim, bool kScored>
+struct Work {
+  static constexpr int kDown = Shape<kDim>::kDown, kKeys = Shape<kDim>::kKeys;
+
+  const Backward<T>& b;
+  const Block& block;
+  const Scores<T> scores;
+  const Kept kept;
+  Shared<T, kDim>& shared;
+  const int query0, row;  // of the block, and where in it the warp's begin
+  Fragments<kDown, kDim / 8> dq = {};
+  Statistics rows[kDown][2];
+
+  __device__ Work(const Backward<T>& b, Shared<T, kDim>& shared, const Block& block)
+      : b(b),
+        block(block),
+        scores(b.a, block.batch, block.head),
+        kept(b.a.options.dropout, block.index, b.a.size.seq_q),
+        shared(shared),
+        query0(block.tile * Shape<kDim>::kQueries),
+        row(threadIdx.x / kWarpSize * 16 * kDown) {}
+
+  __device__ bool is_exact() const { return kScored && b.exact; }
+
+  template <bool kChecked>
+  __device__ void gradients(Fragments<kDown, kKeys / 8>& s, Fragments<kDown, kKeys / 8>& ds,
+                     const Pairs<false>& pairs, int buffer, bool steep) {
+    multiply_across<T>(s, shared.k[buffer], [&](uint32_t(&a)[4], int m, int k) {
+      load_rows(a, shared.q, row + 16 * m, 16 * k);
+    });
+    multiply_across<T>(ds, shared.v[buffer], [&](uint32_t(&a)[4], int m, int k) {
+      load_rows(a, shared.dout, row + 16 * m, 16 * k);
+    });
+    differentiate<kScored, kChecked>(
+        s, ds, scores, kept, pairs, steep,
+        [&](int m, int, int e) -> const Statistics& { return rows[m][e / 2]; });
+  }
+
+  // sum(dout out), by as many lanes a row as it has accesses.
+  __device__ void multiply_outputs() {
+    constexpr int kWidth = kVector<T>, kLanes = kDim / kWidth, kRows = kWarpSize / kLanes;
+    const int lane = threadIdx.x % kWarpSize, col = lane % kLanes * kWidth;
+    const Sizes& size = b.a.size;
+    const T* out = b.out.of(block.batch, block.head);
+#pragma unroll 1
+    for (int r = row + lane / kLanes; r < row + 16 * kDown; r += kRows) {
+      float sum = 0.f;
+      if (query0 + r < size.seq_q && col < size.v_dim) {
+        const T *y = out + (query0 + r) * b.out.row + col, *dy = shared.dout.row(r) + col;
+        if (!kScored || b.a.wide) {
+          float ys[kWidth], dys[kWidth];
+          load(ys, y);
+          load(dys, dy);
+#pragma unroll
+          for (int i = 0; i < kWidth; ++i) sum += ys[i] * dys[i];
+        } else {
+#pragma unroll 1
+          for (int i = 0; i < min(kWidth, size.v_dim - col); ++i) {
+            sum += to_float(y[i]) * to_float(dy[i]);
+          }
+        }
+      }
+#pragma unroll
+      for (int other = kLanes / 2; other > 0; other /= 2) {
+        sum += __shfl_xor_sync(0xffffffff, sum, other);
+      }
+      if (lane % kLanes == 0) shared.delta[r] = sum;
+    }
+    __syncwarp();
+  }
+
+  __device__ void begin() {
+    if (!is_exact()) multiply_outputs();
+#pragma unroll
+    for (int i = 0; i < 2 * kDown; ++i) {
+      const int r = row + 8 * i + threadIdx.x % kWarpSize / 4, query = query0 + r;
+      Statistics& mine = rows[i / 2][i % 2];
+      mine = {0.f, 0.f, 0.f};
+      if (query >= b.a.size.seq_q) continue;
+      const int64_t place = block.index * b.a.size.seq_q + query;
+      const float total = b.total[place];
+      if (total == 0.f) continue;
+      mine = {b.highest[place], 1.f / total, is_exact() ? 0.f : shared.delta[r]};
+    }
+  }
+
+  // The statistics are complete but for dlse: write them.
+  __device__ void put_statistics() {
+    const int64_t count = int64_t{b.a.size.batch} * b.a.size.heads * b.a.size.seq_q;
+#pragma unroll
+    for (int i = 0; i < 2 * kDown; ++i) {
+      const int query = query0 + row + 8 * i + threadIdx.x % kWarpSize / 4;
+      Statistics& mine = rows[i / 2][i % 2];
+      if (query >= b.a.size.seq_q) continue;
+      const int64_t place = block.index * b.a.size.seq_q + query;
+      if (b.dlse && mine.part != 0.f) mine.delta -= b.dlse[place];
+      if (threadIdx.x % 4 != 0) continue;
+      b.statistics[place] = mine.highest;
+      b.statistics[place + count] = mine.part;
+      b.statistics[place + 2 * count] = mine.delta;
+    }
+  }
+
+  template <bool kChecked>
+  __device__ void attend(int tile, int buffer) {
+    Fragments<kDown, kKeys / 8> s, ds;
+    const auto pairs = Pairs<false>::of(query0, tile * kKeys, row);
+    gradients<kChecked>(s, ds, pairs, buffer, !b.ds);
+    if (kScored && b.ds) {
+      const int64_t seq_k = b.a.size.seq_k;
+      float* to = b.ds + block.index * b.a.size.seq_q * seq_k;
+      for_pairs(ds, pairs, [&](float& value, int query, int key) {
+        if (query < b.a.size.seq_q && key < seq_k) to[query * seq_k + key] = value;
+      });
+    }
+    multiply_down<T>(dq, ds, shared.k[buffer]);
+  }
+
+  // Add a tile to the exact delta, which is all that ds is as long as delta itself is 0.
+  __device__ void add_delta(Fragments<kDown, 1>& sums, int tile, int buffer) {
+    Fragments<kDown, kKeys / 8> s, ds;
+    gradients<true>(s, ds, Pairs<false>::of(query0, tile * kKeys, row), buffer, false);
+#pragma unroll
+    for (int i = 0; i < kDown * kKeys / 2; ++i) {
+      const int m = i / (kKeys / 2), n = i / 4 % (kKeys / 8), e = i % 4;
+      sums[m][0][e] += ds[m][n][e];
+    }
+  }
+
+  __device__ void end_delta(const Fragments<kDown, 1>& sums) {
+#pragma unroll
+    for (int i = 0; i < 2 * kDown; ++i) {
+      float sum = sums[i / 2][0][i % 2 * 2] + sums[i / 2][0][i % 2 * 2 + 1];
+      sum += __shfl_xor_sync(0xffffffff, sum, 1);
+      sum += __shfl_xor_sync(0xffffffff, sum, 2);
+      rows[i / 2][i % 2].delta = sum;
+    }
+  }
+
+  __device__ void end() {
+    if (!b.dq.at) return;
+#pragma unroll
+    for (int i = 0; i < kDown * kDim / 2; ++i) {
+      dq[i / (kDim / 2)][i / 4 % (kDim / 8)][i % 4] *= b.a.scale;
+    }
+    put_rows(b.dq.of(block.batch, block.head), b.dq.row, dq, shared.q, row, query0,
+             b.a.size.seq_q, b.a.size.dim, b.a.wide);
+  }
+};
+
+template <typename T, int kDim, bool kScored>
+__global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
+    queries_backward_kernel(const Backward<T> b) {
+  constexpr int kQueries = Shape<kDim>::kQueries, kKeys = Shape<kDim>::kKeys;
+  auto& shared = *reinterpret_cast<Shared<T, kDim>*>(dynamic_shared());
+  const Attention<T>& a = b.a;
+  const Sizes& size = a.size;
+  const int tiles = (size.seq_q + kQueries - 1) / kQueries;
+  const Block block(size.batch, size.heads, tiles, a.options.right >= 0);
+  const int query0 = block.tile * kQueries;
+  const Reach keys(query0, min(query0 + kQueries, size.seq_q) - 1, a.ahead(), a.options.left,
+                   a.options.right, size.seq_k, kKeys);
+  const T* k = a.k.of(block.batch, block.head / a.group());
+  const T* v = a.v.of(block.batch, block.head / a.group());
+  Work<T, kDim, kScored> work(b, shared, block);
+  const auto stream = [&](int n) {
+    const int key0 = keys.at(n) * kKeys;
+    const uint8_t* shown = kScored ? work.scores.shown : nullptr;
+    const int64_t apart = a.options.mask_strides.col;
+    fetch<!kScored>(shared.k[n % 2], k, a.k.row, key0, size.seq_k, size.dim, a.wide, shown, apart);
+    fetch<!kScored>(shared.v[n % 2], v, a.v.row, key0, size.seq_k, size.v_dim, a.wide, shown,
+                    apart);
+    copy_async_commit();
+  };
+
+  fetch<!kScored>(shared.q, a.q.of(block.batch, block.head), a.q.row, query0, size.seq_q, size.dim,
+                  a.wide);
+  fetch<!kScored>(shared.dout, b.dout.of(block.batch, block.head), b.dout.row, query0, size.seq_q,
+                  size.v_dim, a.wide);
+  copy_async_commit();
+  copy_async_wait<0>();
+  __syncthreads();
+  const int whole = kScored ? 0 : keys.whole(), count = keys.count();
+  const auto arrive = [&](int n) {
+    copy_async_wait<0>();
+    __syncthreads();  // the tile is there, and nobody reads the one before it any more
+    if (n + 1 < count) stream(n + 1);
+  };
+  if (count > 0) stream(0);
+  work.begin();
+  if (work.is_exact()) {
+    Fragments<Shape<kDim>::kDown, 1> sums = {};
+#pragma unroll 1
+    for (int n = 0; n < count; ++n) {
+      arrive(n);
+      work.add_delta(sums, keys.at(n), n % 2);
+    }
+    work.end_delta(sums);
+    __syncthreads();  // the last tile may be the first again
+    if (count > 0) stream(0);
+  }
+  work.put_statistics();
+#pragma unroll 1
+  for (int n = 0; n < whole; ++n) {
+    arrive(n);
+    work.template attend<false>(keys.at(n), n % 2);
+  }
+#pragma unroll 1
+  for (int n = whole; n < count; ++n) {
+    arrive(n);
+    work.template attend<true>(keys.at(n), n % 2);
+  }
+  work.end();
+}
+
+}  // namespace
+
+cudaError_t attention_queries_backward(
+    void* dq, float* statistics, float* ds, const void* dout, const float* dlse, const void* out,
+    const float* highest, const float* total, const void* q, const void* k, const void* v,
+    const uint8_t* mask, const void* bias, const float* slopes, const void* sinks, int64_t batch,
+    int64_t heads, int64_t kv_heads, int64_t seq_q, int64_t seq_k, int64_t dim, int64_t v_dim,
+    int64_t dq_batch, int64_t dq_head, int64_t dq_row, int64_t dout_batch, int64_t dout_head,
+    int64_t dout_row, int64_t out_batch, int64_t out_head, int64_t out_row, int64_t q_batch,
+    int64_t q_head, int64_t q_row, int64_t k_batch, int64_t k_head, int64_t k_row, int64_t v_batch,
+    int64_t v_head, int64_t v_row, int64_t mask_batch, int64_t mask_head, int64_t mask_query,
+    int64_t mask_key, int64_t bias_batch, int64_t bias_head, int64_t bias_query, int64_t bias_key,
+    int64_t slopes_batch, int64_t slopes_head, int64_t left, int64_t right, float softcap,
+    float scale, int64_t threshold, float kept_scale, const int64_t* seeds, const int64_t* offsets,
+    int64_t seed_stride, int64_t offset_stride, int64_t seed, int64_t offset, bool exact,
+    DType dtype, DType bias_dtype, DType sinks_dtype, cudaStream_t stream) {
+  const Options options{mask,
+                        {mask_batch, mask_head, mask_query, mask_key},
+                        bias,
+                        {bias_batch, bias_head, bias_query, bias_key},
+                        slopes,
+                        slopes_batch,
+                        slopes_head,
+                        sinks,
+                        bias_dtype == DType::f32,
+                        sinks_dtype == DType::f32,
+                        limit_of(left),
+                        limit_of(right),
+                        softcap,
+                        {threshold, kept_scale, seeds, offsets, seed_stride, offset_stride, seed,
+                  offset}};
+  Sizes size;
+  if (!are_like(dtype, bias_dtype, sinks_dtype) ||
+      !sizes_of(size, batch, heads, kv_heads, seq_q, seq_k, dim, v_dim)) {
+    return cudaErrorInvalidValue;
+  }
+  const bool wide = can_vectorise<8>(
+      addresses(dq, dout, out, q, k, v), dim, v_dim, dq_batch, dq_head, dq_row, dout_batch,
+      dout_head, dout_row, out_batch, out_head, out_row, q_batch, q_head, q_row, k_batch,
+      k_head, k_row, v_batch, v_head, v_row);
+  return for_half(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    Backward<T> b{{{static_cast<const T*>(q), q_batch, q_head, q_row},
+                   {static_cast<const T*>(k), k_batch, k_head, k_row},
+                   {static_cast<const T*>(v), v_batch, v_head, v_row},
+                   size,
+                   options,
+                   scale,
+                   wide},
+                  {static_cast<T*>(dq), dq_batch, dq_head, dq_row},
+                  statistics,
+                  ds,
+                  {static_cast<const T*>(dout), dout_batch, dout_head, dout_row},
+                  {static_cast<const T*>(out), out_batch, out_head, out_row},
+                  dlse,
+                  highest,
+                  total,
+                  exact};
+    return for_width(size, is_scored(b.a) || ds || exact, [&](auto width, auto scored) {
+      constexpr int kDim = decltype(width)::value;
+      const auto run = [&] {
+        return launch_tiles(queries_backward_kernel<T, kDim, decltype(scored)::value>,
+                            batch * heads, tiles_of(seq_q, Shape<kDim>::kQueries),
+                            sizeof(Shared<T, kDim>), stream, b);
+      };
+      if (ds && dq && softcap != 0.f) {  // of scores before the cap, and after it
+        b.ds = nullptr;
+        const cudaError_t status = run();
+        if (status != cudaSuccess) return status;
+        b.ds = ds, b.dq.at = nullptr;
+      }
+      return run();
+    });
+  });
+}
+
+}  // namespace tilewise
