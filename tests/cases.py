@@ -48,10 +48,13 @@ BACKENDS = [
 ]
 
 
-def case_or_skip(op, backend, dtype=torch.float32, size=None):
-    """The op, its reference, and tensors for both; or skip aloud, so that no case just vanishes."""
+def case_or_skip(op, backend, dtype=None, size=None):
+    """The op, its reference, and tensors for both; or skip aloud, so that no case just vanishes.
+    Without a dtype it is fp32, or bf16 where the backend has no other."""
     torch.manual_seed(0)
     size = op.sizes[0] if size is None else size
+    if dtype is None:
+        dtype = next(t for t in MAIN_DTYPES if t in op.backends[backend].dtypes)
     tensors, options = op.inputs(**size, device=DEVICE, dtype=dtype)
     if refused := refusal(op.backends[backend], *tensors, **options):
         pytest.skip(f"{backend}: {refused[1]}")

@@ -90,7 +90,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("op, backend, size, layout", LAYOUTS)
 def test_any_layout(op, backend, size, layout):
-    call, _, tensors = case_or_skip(op, backend, torch.float32, size)
+    call, _, tensors = case_or_skip(op, backend, size=size)
     torch.testing.assert_close(
         laid_out(op, call, tensors, layout), laid_out(op, call, tensors, straight)
     )
@@ -142,7 +142,7 @@ OPCHECKED = [
 
 @pytest.mark.parametrize("op, backend, size", OPCHECKED)
 def test_registered_properly(op, backend, size):
-    call, _, tensors = case_or_skip(op, backend, torch.float32, size)
+    call, _, tensors = case_or_skip(op, backend, size=size)
     inputs = leaves(op, tensors)
 
     def run():

@@ -30,6 +30,7 @@ __device__ void differentiate(Fragments<kDown, kAcross>& s, Fragments<kDown, kAc
       body(s[m][n][e], ds[m][n][e], of(m, n, e), (dropped >> i & 1) != 0);
     }
   };
+  const float factor = scores.a.template factor<kScored>();
   const Dropout& dropout = scores.a.options.dropout;
   if constexpr (kScored) {
     if (dropout.threshold) {
@@ -45,14 +46,13 @@ __device__ void differentiate(Fragments<kDown, kAcross>& s, Fragments<kDown, kAc
       scores.cap(s, pairs);
     }
     scores.finish(s, pairs);
-    each([](float& score, float& dp, const Statistics& row, bool drops) {
-      const float p = exp2_approximate(score - row.highest) * row.part;
+    each([factor](float& score, float& dp, const Statistics& row, bool drops) {
+      const float p = exp2_approximate(score * factor - row.highest) * row.part;
       dp = p == 0.f ? 0.f : p * dp;  // of hidden keys it may be NaN
       score = drops ? 0.f : p;
     });
   } else {
     if constexpr (kChecked) scores.limit(s, pairs);
-    const float factor = scores.a.factor();
     each([factor](float& score, float& dp, const Statistics& row, bool) {
       score = exp2_approximate(score * factor - row.highest) * row.part;
       dp = score * (dp - row.delta);

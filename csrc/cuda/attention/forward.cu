@@ -1,6 +1,7 @@
 // A block of queries, past which keys and values stream in two buffers: while the tensor cores work
 // on one tile the next is on its way. The sums of the softmax are kept online (Dao,
-// https://arxiv.org/abs/2307.08691): what was added up so far is rescaled when a higher score comes.
+// https://arxiv.org/abs/2307.08691): what was added up so far is rescaled when a higher score
+// comes.
 #include "cuda/attention/scores.cuh"
 
 namespace tilewise {
@@ -100,7 +101,7 @@ struct Work {
   // Scores to powers of two, of which those of before are rescaled. kEmpty: there may be none yet.
   template <bool kEmpty>
   __device__ void accumulate(Fragments<kDown, kKeys / 8>& s) {
-    const float factor = kScored ? 1.f : f.a.factor();
+    const float factor = f.a.template factor<kScored>();
 #pragma unroll
     for (int i = 0; i < 2 * kDown; ++i) {
       const int m = i / 2, half = 2 * (i % 2);
@@ -134,7 +135,7 @@ struct Work {
 
   __device__ void end(const Block& block) {
     const Sizes& size = f.a.size;
-    const float factor = kScored ? 1.f : f.a.factor();
+    const float factor = f.a.template factor<kScored>();
     const float kept_scale = f.a.options.dropout.threshold ? f.a.options.dropout.scale : 1.f;
 #pragma unroll
     for (int i = 0; i < 2 * kDown; ++i) {
@@ -161,7 +162,8 @@ struct Work {
 };
 
 template <typename T, int kDim, bool kScored>
-__global__ void __launch_bounds__(kAttentionThreads, kMinBlocks) forward_kernel(const Forward<T> f) {
+__global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
+    forward_kernel(const Forward<T> f) {
   constexpr int kQueries = Shape<kDim, kScored>::kQueries, kKeys = Shape<kDim, kScored>::kKeys;
   auto& shared = *reinterpret_cast<Shared<T, kDim, kScored>*>(dynamic_shared());
   const Attention<T>& a = f.a;
@@ -264,8 +266,8 @@ cudaError_t attention_forward(
       constexpr int kDim = decltype(width)::value;
       constexpr bool kScored = decltype(scored)::value;
       return launch_tiles(forward_kernel<T, kDim, kScored>, batch * heads,
-                          tiles_of(seq_q, Shape<kDim, kScored>::kQueries), sizeof(Shared<T, kDim, kScored>), stream,
-                          f);
+                          tiles_of(seq_q, Shape<kDim, kScored>::kQueries),
+                          sizeof(Shared<T, kDim, kScored>), stream, f);
     });
   });
 }

@@ -50,8 +50,11 @@ struct Attention {
   float scale;
   bool wide;  // all rows can be moved 16 bytes at a time
 
-  // What a score is multiplied by to be in units of log 2.
-  __device__ float factor() const { return scale * kLog2E; }
+  // What scores, or products that are not scaled yet, are multiplied by to be in units of log 2.
+  template <bool kScored>
+  __device__ float factor() const {
+    return kScored ? kLog2E : scale * kLog2E;
+  }
   __device__ int group() const { return size.heads / size.kv_heads; }
   // How far the place of a query among the keys is from its own number.
   __device__ int ahead() const { return size.seq_k - size.seq_q; }

@@ -1,4 +1,4 @@
-// From products to scores, in units of log 2; and which probabilities dropout keeps.
+// From products to scores; and which probabilities dropout keeps.
 #pragma once
 
 #include "cuda/attention/tiles.cuh"
@@ -53,13 +53,13 @@ struct Scores {
     bias = !o.bias        ? nullptr
            : o.bias_single ? static_cast<const void*>(static_cast<const float*>(o.bias) + skipped)
                            : static_cast<const void*>(static_cast<const T*>(o.bias) + skipped);
-    slope = o.slopes ? o.slopes[batch * o.slopes_batch + head * o.slopes_head] * kLog2E : 0.f;
+    slope = o.slopes ? o.slopes[batch * o.slopes_batch + head * o.slopes_head] : 0.f;
   }
 
   __device__ float sink(int head) const {
     const Options& o = a.options;
-    return kLog2E * (o.sinks_single ? static_cast<const float*>(o.sinks)[head]
-                                    : to_float(static_cast<const T*>(o.sinks)[head]));
+    return o.sinks_single ? static_cast<const float*>(o.sinks)[head]
+                          : to_float(static_cast<const T*>(o.sinks)[head]);
   }
 
   // Hide what is outside of the keys, of causality and of the window.
@@ -84,7 +84,7 @@ struct Scores {
       const int64_t down = a.options.bias_strides.query, across = a.options.bias_strides.col;
       const auto add = [&](const auto* values) {
         for_pairs(s, pairs, [&](float& score, int query, int key) {
-          if (inside(query, key)) score += kLog2E * to_float(values[query * down + key * across]);
+          if (inside(query, key)) score += to_float(values[query * down + key * across]);
         });
       };
       if (a.options.bias_single) {
@@ -102,7 +102,7 @@ struct Scores {
     if (mask) {
       const int64_t down = a.options.mask_strides.query, across = a.options.mask_strides.col;
       for_pairs(s, pairs, [&](float& score, int query, int key) {
-        if (inside(query, key) && !mask[query * down + key * across]) score = -INFINITY;
+        if (!inside(query, key) || !mask[query * down + key * across]) score = -INFINITY;
       });
     }
     limit(s, pairs);
@@ -112,10 +112,10 @@ struct Scores {
   template <bool kKeysDown, int kDown, int kAcross>
   __device__ void cap(Fragments<kDown, kAcross>& s, const Pairs<kKeysDown>& pairs) const {
     const float softcap = a.options.softcap;
-    const float inner = softcap == 0.f ? a.factor() : a.scale / softcap;
+    const float inner = softcap == 0.f ? a.scale : a.scale / softcap;
     for_pairs(s, pairs, [&](float& score, int, int) { score *= inner; });
     if (softcap == 0.f) return;
-    for_pairs(s, pairs, [&](float& score, int, int) { score = softcap * kLog2E * tanhf(score); });
+    for_pairs(s, pairs, [&](float& score, int, int) { score = softcap * tanhf(score); });
   }
 
   // The same, and multiply what is to become the gradients of these scores by how much less these
@@ -125,7 +125,7 @@ struct Scores {
                            const Pairs<kKeysDown>& pairs) const {
     cap(s, pairs);
     if (a.options.softcap == 0.f) return;
-    const float bound = 1.f / (a.options.softcap * kLog2E);
+    const float bound = 1.f / a.options.softcap;
 #pragma unroll
     for (int i = 0; i < kDown * kAcross * 4; ++i) {
       const int m = i / (kAcross * 4), n = i / 4 % kAcross, e = i % 4;

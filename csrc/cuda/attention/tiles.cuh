@@ -94,7 +94,8 @@ __device__ void multiply_pair(Fragments<kDown, kAcross>& d, const uint32_t (&a)[
 
 // d = x y^T: rows of x from row on by all rows of y. load(a, m, k) is the operand of step k.
 template <typename T, int kDown, int kRows, int kDim, typename Load>
-__device__ void multiply_across(Fragments<kDown, kRows / 8>& d, Tile<T, kRows, kDim>& y, Load load) {
+__device__ void multiply_across(Fragments<kDown, kRows / 8>& d, Tile<T, kRows, kDim>& y,
+                                Load load) {
 #pragma unroll
   for (int i = 0; i < kDown * kRows / 2; ++i) d[i / (kRows / 2)][i / 4 % (kRows / 8)][i % 4] = 0.f;
 #pragma unroll
@@ -125,7 +126,8 @@ __device__ uint32_t rounded_pair(float low, float high) {
 
 // Sums as an operand: columns 16 k to 16 k + 15, rounded.
 template <typename T, int kDown, int kAcross>
-__device__ void rounded_operand(uint32_t (&a)[kDown][4], const Fragments<kDown, kAcross>& s, int k) {
+__device__ void rounded_operand(uint32_t (&a)[kDown][4], const Fragments<kDown, kAcross>& s,
+                                int k) {
 #pragma unroll
   for (int m = 0; m < kDown; ++m) {
 #pragma unroll
