@@ -126,6 +126,7 @@ void must_refuse(const std::string& name, cudaError_t status) {
 int main(int count, char** words) {
   using namespace tilewise::selftest;
   const std::map<std::string, void (*)()> ops{
+      {"attention", attention},
       {"cross_entropy", cross_entropy},
       {"dropout_add", dropout_add},
       {"embed", embed},

@@ -49,6 +49,7 @@ void report(const std::string& name, const std::function<Run()>& run, const Refe
 // A launch of no rows is an error and touches nothing.
 void must_refuse(const std::string& name, cudaError_t status);
 
+void attention();
 void cross_entropy();
 void dropout_add();
 void embed();

@@ -173,10 +173,12 @@ __global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
   const int query0 = block.tile * kQueries;
   const Reach keys(query0, min(query0 + kQueries, size.seq_q) - 1, a.ahead(), a.options.left,
                   a.options.right, size.seq_k, kKeys);
-  const T* k = a.k.of(block.batch, block.head / a.group());
-  const T* v = a.v.of(block.batch, block.head / a.group());
+  uint32_t kv_head = block.head / a.group();
   Work<T, kDim, kScored> work(f, shared, block);
   const auto stream = [&](int n) {
+    forget(kv_head);  // no registers for where keys and values begin
+    const T* k = a.k.of(block.batch, kv_head);
+    const T* v = a.v.of(block.batch, kv_head);
     const int key0 = keys.at(n) * kKeys;
     const uint8_t* shown = kScored ? work.scores.shown : nullptr;
     const int64_t apart = a.options.mask_strides.col;
