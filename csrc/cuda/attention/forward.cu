@@ -156,8 +156,8 @@ struct Work {
         f.total[place] = sum;
       }
     }
-    put_rows(f.out.of(block.batch, block.head), f.out.row, sums, shared.q, row, query0, size.seq_q,
-             size.v_dim, f.a.wide);
+    put_rows<!kScored>(f.out.of(block.batch, block.head), f.out.row, sums, shared.q, row, query0,
+                       size.seq_q, size.v_dim, f.a.wide);
   }
 };
 

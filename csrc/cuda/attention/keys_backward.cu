@@ -78,10 +78,10 @@ struct Work {
       dk[m][n][e] *= b.a.scale;
       if (kScored) dv[m][n][e] *= kept_scale;
     }
-    put_rows(b.dk.of(block.batch, block.head), b.dk.row, dk, shared.k, row, key0, b.a.size.seq_k,
-             b.a.size.dim, b.a.wide);
-    put_rows(b.dv.of(block.batch, block.head), b.dv.row, dv, shared.v, row, key0, b.a.size.seq_k,
-             b.a.size.v_dim, b.a.wide);
+    put_rows<!kScored>(b.dk.of(block.batch, block.head), b.dk.row, dk, shared.k, row, key0,
+                       b.a.size.seq_k, b.a.size.dim, b.a.wide);
+    put_rows<!kScored>(b.dv.of(block.batch, block.head), b.dv.row, dv, shared.v, row, key0,
+                       b.a.size.seq_k, b.a.size.v_dim, b.a.wide);
   }
 };
 

@@ -178,8 +178,8 @@ struct Work {
     for (int i = 0; i < kDown * kDim / 2; ++i) {
       dq[i / (kDim / 2)][i / 4 % (kDim / 8)][i % 4] *= b.a.scale;
     }
-    put_rows(b.dq.of(block.batch, block.head), b.dq.row, dq, shared.q, row, query0,
-             b.a.size.seq_q, b.a.size.dim, b.a.wide);
+    put_rows<!kScored>(b.dq.of(block.batch, block.head), b.dq.row, dq, shared.q, row, query0,
+                       b.a.size.seq_q, b.a.size.dim, b.a.wide);
   }
 };
 

@@ -157,7 +157,7 @@ __device__ void multiply_down(Fragments<kDown, kDim / 8>& d, const Fragments<kDo
 
 // Write a warp's sums, which are its rows of `tile` from row on, to rows row0 + row of a head.
 // Only this warp may have use for these rows of the tile.
-template <typename T, int kDown, int kRows, int kDim>
+template <bool kAlwaysWide, typename T, int kDown, int kRows, int kDim>
 __device__ void put_rows(T* to, int64_t stride, const Fragments<kDown, kDim / 8>& d,
                          Tile<T, kRows, kDim>& tile, int row, int row0, int rows, int cols,
                          bool wide) {
@@ -178,7 +178,7 @@ __device__ void put_rows(T* to, int64_t stride, const Fragments<kDown, kDim / 8>
     if (row0 + r >= rows || col >= cols) continue;
     const T* from = tile.row(r) + col;
     T* place = to + (row0 + r) * stride + col;
-    if (wide) {
+    if (kAlwaysWide || wide) {
       *reinterpret_cast<uint4*>(place) = *reinterpret_cast<const uint4*>(from);
     } else {
 #pragma unroll 1
