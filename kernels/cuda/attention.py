@@ -80,7 +80,6 @@ def attention_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Shapes as in `attention_forward`, dlse [batch, heads, seq_q] -> dq, dk, dv, laid out as q, k
     and v, dbias and dsinks; what is not wanted is empty."""
-    empty = q.new_empty(0)
     dq = _laid_out(q, q.shape[-1]) if want_dq else None
     statistics = q.new_empty(3, *q.shape[:3], dtype=torch.float32)
     ds = None
@@ -112,7 +111,7 @@ def attention_backward(
         dsinks = _sink_gradients(sinks, statistics).sum((0, 2)).to(sinks.dtype)
     grads = zip((dq, dk, dv), (want_dq, want_dk, want_dv), strict=True)
     grads = (t if wanted else None for t, wanted in grads)
-    return tuple(empty if t is None else t for t in (*grads, dbias, dsinks))
+    return tuple(q.new_empty(0) if t is None else t for t in (*grads, dbias, dsinks))
 
 
 def _sink_gradients(sinks: Tensor | None, statistics: Tensor) -> Tensor:
