@@ -14,7 +14,9 @@ struct Forward {
   float *highest, *total;
 };
 
-// How many times 16 queries a warp has, and keys of a tile.
+// How many times 16 queries a warp has, and keys of a tile. nvcc 13.0 has no spills on sm_80, 90a,
+// 100a and 120. Registers, the most of these four, and shared bytes of a block, for heads of 32, 64
+// and 128: 223, 236, 254 and 30720, 55296, 69632; scored 214, 228, 192 and 25600, 46080, 52224.
 template <int kDim, bool kScored>
 struct Shape {
   static constexpr int kDown = kScored ? 1 : 2, kKeys = kDim <= 64 ? 64 : 32;

@@ -18,6 +18,8 @@ struct Backward {
   bool exact;
 };
 
+// As in forward.cu; registers and shared bytes for heads of 32, 64 and 128: 170, 196, 206 and
+// 30976, 55552, 69888; scored 254, 254, 225.
 template <int kDim>
 struct Shape {
   static constexpr int kDown = 1, kKeys = kDim <= 64 ? 64 : 32;
