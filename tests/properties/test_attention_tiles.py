@@ -147,7 +147,7 @@ def test_twenty_runs_have_the_same_bits(backend, options):
 @EVERY
 @pytest.mark.parametrize("scale", [0.0, -0.2, 3.0])
 def test_any_scale(backend, scale):
-    q, k, v, dout = tensors_of(torch.bfloat16, seq_q=70, seq_k=90, dim=64)
+    q, k, v, _ = tensors_of(torch.bfloat16, seq_q=70, seq_k=90, dim=64)
     able(backend, q, k, v, scale=scale)
     standard = standard_of(ATTENTION, (q, k, v, None, None), {"scale": scale})
     out = ATTENTION.call(q, k, v, scale=scale, backend=backend)
