@@ -83,7 +83,7 @@ def attention_backward(
     dq = _laid_out(q, q.shape[-1]) if want_dq else None
     statistics = q.new_empty(3, *q.shape[:3], dtype=torch.float32)
     ds = None
-    if want_dbias and bias is not None and bias.shape[-1] > 1:  # zero where no tile is seen
+    if want_dbias:  # zero where no tile is seen
         ds = q.new_zeros(*q.shape[:3], k.shape[2], dtype=torch.float32)
     exact = want_dbias or (want_dsinks and sinks is not None and sinks.dtype == torch.float32)
     given, dtypes = (q, k, v, mask, bias, alibi_slopes, sinks), _dtypes(q, bias, sinks)
@@ -102,21 +102,12 @@ def attention_backward(
             *map(address, (dk, dv, dout, statistics, *given)),
             *_sizes(q, v), *_rows(dk, dv, dout, q, k, v), *options, *dtypes,
         )  # fmt: skip
-    if want_dbias and bias is not None:
-        if ds is None:  # of a row, ds of its keys and of the sink is dlse
-            ds = -_sink_gradients(sinks, statistics)[..., None]
-            ds = ds if dlse is None else ds + torch.where(total == 0, 0.0, dlse)[..., None]
+    if ds is not None and bias is not None:
         dbias = ds.sum_to_size(bias.shape).to(bias.dtype)
     if want_dsinks and sinks is not None:
-        dsinks = _sink_gradients(sinks, statistics).sum((0, 2)).to(sinks.dtype)
+        highest, part, delta = statistics
+        p = torch.exp2(LOG2_E * sinks.float()[:, None] - highest) * part
+        dsinks = -(p * delta).sum((0, 2)).to(sinks.dtype)
     grads = zip((dq, dk, dv), (want_dq, want_dk, want_dv), strict=True)
     grads = (t if wanted else None for t, wanted in grads)
     return tuple(q.new_empty(0) if t is None else t for t in (*grads, dbias, dsinks))
-
-
-def _sink_gradients(sinks: Tensor | None, statistics: Tensor) -> Tensor:
-    """ds of the sink of each row, 0 if there is none."""
-    highest, part, delta = statistics
-    if sinks is None:
-        return torch.zeros_like(delta)
-    return -torch.exp2(LOG2_E * sinks.float()[:, None] - highest) * part * delta

@@ -68,31 +68,6 @@ def scratch_of(dim: int, v_dim: int) -> int:
     return int(2 * (BLOCK + KEYS) * (width + v_width) + tiles + (LINES + 6) * LINE)
 
 
-@Kernel
-def sum_products(
-    part, parts, delta_at, dout_at, dlse_at, out_at, kinds, sizes, strides, row_strides, ends
-):
-    """delta = sum(dout * out) - dlse of every row, in fp64: what is wrong there is wrong for all
-    keys alike."""
-    kind, wide = kinds
-    batches, heads, max_q, v_dim = sizes
-    dout_strides, out_strides = strides
-    deltas = pointer(delta_at, wide)
-    for unit in range(part * batches * heads // parts, (part + 1) * batches * heads // parts):
-        batch, head = unit // heads, unit % heads
-        first, rows = span_of(ends, batch, max_q)
-        for i in range(rows):
-            x = offset(pointer(dout_at, kind), place_of(dout_strides, batch, head, first + i))
-            y = offset(pointer(out_at, kind), place_of(out_strides, batch, head, first + i))
-            dot = 0.0
-            for j in range(v_dim):
-                dot += np.float64(load(x, j)) * np.float64(load(y, j))
-            place = place_of(row_strides, batch, head, first + i)
-            if dlse_at:
-                dot -= np.float64(load(pointer(dlse_at, wide), place))
-            store(deltas, place, real(deltas, dot))
-
-
 @callee
 def _read_statistics(stats, highest, total, delta, dlse, with_lse, rows, tall):
     """Lines: the highest score, 1 / the sum or 0, delta and dlse."""
@@ -406,24 +381,3 @@ def differentiate(
                 write_tile(dk, dk_tile, width, NONE, keys, dim, dk_strides[2], real(wide, scale))
             if wanted[2]:
                 write_tile(dv, dv_tile, v_width, NONE, keys, v_dim, dv_strides[2], real(wide, 1))
-
-
-@Kernel
-def differentiate_sinks(head, dsinks_at, sinks_at, ins, kinds, sizes, row_strides, ends, factors):
-    """dsink = -sum(exp(sink - lse) delta) over the rows of a head."""
-    highest_at, total_at, delta_at = ins
-    wide, sink_kind = kinds
-    batches, max_q = sizes
-    sink = np.float64(load(pointer(sinks_at, sink_kind), head))
-    main, rest = factors
-    found = 0.0
-    for batch in range(batches):
-        first, rows = span_of(ends, batch, max_q)
-        for i in range(rows):
-            place = place_of(row_strides, batch, head, first + i)
-            total = np.float64(load(pointer(total_at, wide), place))
-            if total != 0.0:
-                highest = np.float64(load(pointer(highest_at, wide), place))
-                delta = np.float64(load(pointer(delta_at, wide), place))
-                found -= 2.0 ** (sink * main + sink * rest - highest) / total * delta
-    store(pointer(dsinks_at, sink_kind), head, real(wide, found))

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from tilewise.kernels.numba import _attend, _attend_back
+from tilewise.kernels.numba import _attend, _attend_back, _deltas
 from tilewise.kernels.numba._online_softmax import scaling
 from tilewise.kernels.numba._operands import MULTIPLIES_PAIRS, PAIR
 from tilewise.kernels.numba._rules import KEYS, SCORED, rules_of
@@ -227,7 +227,7 @@ def _differentiate(
     dbias = total.new_zeros(bias.shape) if want[3] else None
     delta = torch.empty_like(total)
     parts_of_rows = parts_for(batch * heads)
-    _attend_back.sum_products(
+    _deltas.sum_products(
         parts_of_rows, 2 * dout.numel(), parts_of_rows,
         *map(address, (delta, dout, dlse, out)), (kind(q), kind(total)),
         (batch, heads, seq_q, v_dim), (strides[2], strides[6]), strides[7], ends[0],
@@ -248,7 +248,7 @@ def _differentiate(
     dsinks = q.new_empty(0)
     if want_dsinks:
         dsinks = sinks.new_empty(heads)
-        _attend_back.differentiate_sinks(
+        _deltas.differentiate_sinks(
             heads, total.numel(), address(dsinks), address(sinks),
             tuple(map(address, (highest, total, delta))), (kind(total), kind(sinks)),
             (batch, seq_q), strides[7], ends[0], factors,
