@@ -1,4 +1,4 @@
-"""What attention sums along its rows for the backward pass, and the gradients of sinks made of it."""
+"""What attention sums along its rows for the backward pass, and gradients of sinks made of it."""
 
 import numpy as np
 
