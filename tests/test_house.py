@@ -51,6 +51,8 @@ APART = {"ops"}
 FAMILIES = {
     "add_layer_norm": "layer_norm",
     "add_rms_norm": "rms_norm",
+    "attention_decode": "attention",
+    "attention_decode_with_lse": "attention",
     "attention_varlen": "attention",
     "attention_varlen_with_lse": "attention",
     "attention_with_lse": "attention",

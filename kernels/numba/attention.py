@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from tilewise.kernels.numba import _attend, _attend_back, _deltas
+from tilewise.kernels.numba import _append, _attend, _attend_back, _decode, _deltas
+from tilewise.kernels.numba._lanes import LANES
 from tilewise.kernels.numba._online_softmax import scaling
 from tilewise.kernels.numba._operands import MULTIPLIES_PAIRS, PAIR
 from tilewise.kernels.numba._rules import KEYS, SCORED, rules_of
@@ -255,3 +256,76 @@ def _differentiate(
         )  # fmt: skip
     dq = sums[0].mul_(scale) if want[0] else q.new_empty(0)
     return dq, q.new_empty(0) if dbias is None else dbias.to(bias.dtype), dsinks
+
+
+def _cache_of(cache: Tensor, block_table: Tensor | None) -> tuple[tuple[int, ...], int, int]:
+    """A cache as a kernel takes it: the address and stride of its table, the size and number of its
+    pages, and its capacity; then how many heads it has, and which of its dims is the position."""
+    if block_table is None:
+        return (0, 0, cache.shape[2], len(cache), cache.shape[2]), cache.shape[1], 2
+    capacity = block_table.shape[1] * cache.shape[1]
+    pages = (address(block_table), block_table.stride(0), cache.shape[1], len(cache), capacity)
+    return pages, cache.shape[2], 1
+
+
+def _by_position(cache: Tensor, place: int) -> tuple[int, int, int]:
+    """Strides of [batch or page, head, position]."""
+    return cache.stride(0), cache.stride(3 - place), cache.stride(place)
+
+
+def attention_decode_forward(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, block_table: Tensor | None,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, left: int, softcap: float, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q [batch, heads, q_len, dim], caches [batch, kv_heads, capacity, dim or v_dim] or, of pages,
+    [pages, page_size, kv_heads, dim or v_dim], seq_lens [batch], block_table [batch, max_pages],
+    slopes [batch, heads], sinks [heads] -> out [batch, heads, q_len, v_dim] laid out as q, lse
+    [batch, heads, q_len]."""
+    batch, heads, seq_q, dim = q.shape
+    v_dim, lanes = v_cache.shape[3], LANES // (1 + (q.dtype == torch.float64))
+    out = same_layout(q, v_dim)
+    lse = q.new_empty(q.shape[:3], dtype=wide_dtype(q.dtype))
+    cache, kv_heads, place = _cache_of(k_cache, block_table)
+    capacity, shared = cache[-1], heads // kv_heads * seq_q
+    step = _decode.step_of(shared, lanes)
+    rows = -(-shared // step) * step
+    width, v_width = (-(-n // lanes) * lanes for n in (dim, v_dim))
+    splits = -(-capacity // int(_decode.SPLIT))
+    items = batch * kv_heads * splits
+    sizes = (heads, kv_heads, seq_q, dim, v_dim, splits, rows, step, width, v_width, capacity)
+    work = lse.new_empty(items * _decode.work_of(rows, width, v_width))
+    slope_strides = (0, 0) if alibi_slopes is None else alibi_slopes.stride()
+    strides = (_by_position(k_cache, place), _by_position(v_cache, place), slope_strides)
+    _decode.attend_split(
+        items, lse.numel() * capacity * dim, address(work),
+        (address(q), address(k_cache), address(v_cache), address(seq_lens), address(alibi_slopes)),
+        (kind(q), kind(lse), q.itemsize, lse.itemsize), sizes, (q.stride()[:3], *strides), cache,
+        (scale, softcap, left),
+    )  # fmt: skip
+    _decode.merge_splits(
+        lse.numel(), lse.numel() * v_dim * splits, address(work),
+        (address(out), address(lse)), (address(seq_lens), address(sinks)),
+        (kind(q), kind(lse), kind(q if sinks is None else sinks), lse.itemsize), sizes,
+        out.stride()[:3], left,
+    )  # fmt: skip
+    return out, lse
+
+
+def append_kv_(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, seq_lens_before: Tensor,
+    block_table: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool,
+) -> None:  # fmt: skip
+    """Caches as in `attention_decode_forward`, k, v [batch, kv_heads, new, dim or v_dim],
+    seq_lens_before [batch], tables [positions, half], written to the caches."""
+    cache, _, place = _cache_of(k_cache, block_table)
+    tables = (0, 0, 0, 0, cache[-1], 0)  # all positions are turned, in no dims
+    if cos is not None:
+        tables = (address(cos), address(sin), cos.stride(0), sin.stride(0), *cos.shape)
+    parts = parts_for(k.shape[0] * k.shape[1] * k.shape[2])
+    _append.append(
+        parts, k.numel() + v.numel(), parts, (address(k_cache), address(v_cache)),
+        (address(k), address(v), address(seq_lens_before)), tables,
+        (kind(k), kind(k if cos is None else cos)), (*k.shape, v.shape[3]),
+        (*(_by_position(t, place) for t in (k_cache, v_cache)), k.stride()[:3], v.stride()[:3]),
+        cache, interleaved,
+    )  # fmt: skip

@@ -6,20 +6,12 @@ import torch
 from torch import Tensor
 
 from tilewise.kernels.numba._parallel import Kernel
-from tilewise.kernels.numba._rotation import PAST, layout, places, position_of
+from tilewise.kernels.numba._rotation import PAST, layout, places, position_of, turn_pairs
 from tilewise.kernels.numba._shared import parts_for
 from tilewise.kernels.numba._simd import address, kind, load, offset, pointer, real, store
-from tilewise.kernels.numba._stream import LINE, finish_writes, loop_of, streamed
+from tilewise.kernels.numba._stream import LINE, finish_writes, streamed
 
 NAN = math.nan  # the angle of a position that the tables do not have
-
-
-def _turned(u, v, cos, sin, sign):
-    sin = sin * sign
-    return u * cos - v * sin, v * cos + u * sin
-
-
-_turn = loop_of(_turned)
 
 
 @Kernel
@@ -63,7 +55,7 @@ def _rotate(
                             store(y, 2 * j + 1, v * c + u * s)
                     else:
                         outs, ins = (y, offset(y, half)), (x, offset(x, half), cos, sin)
-                        _turn(outs, ins, (sign,), half, past_caches)
+                        turn_pairs(outs, ins, (sign,), half, past_caches)
                 for j in range(dim - 2 * half):
                     store(y, 2 * half + j, load(x, 2 * half + j))
     if past_caches:

@@ -5,6 +5,11 @@ from tilewise.allocator import tune_allocator
 from tilewise.choice import backend, explain
 from tilewise.op import OPS
 from tilewise.ops.attention import attention, attention_with_lse, merge_attention
+from tilewise.ops.attention_decode import (
+    append_kv_,
+    attention_decode,
+    attention_decode_with_lse,
+)
 from tilewise.ops.attention_varlen import attention_varlen, attention_varlen_with_lse
 from tilewise.ops.cross_entropy import cross_entropy, cross_entropy_, cross_entropy_with_lse
 from tilewise.ops.dropout_add import dropout_add
@@ -25,7 +30,10 @@ __all__ = [
     "OPS",
     "add_layer_norm",
     "add_rms_norm",
+    "append_kv_",
     "attention",
+    "attention_decode",
+    "attention_decode_with_lse",
     "attention_varlen",
     "attention_varlen_with_lse",
     "attention_with_lse",

@@ -38,7 +38,7 @@ def check_rotation(
             f"{op}: q must be [batch, heads, seq, dim] and k [batch, kv_heads, seq, dim], "
             f"got {list(q.shape)} and {list(k.shape)}"
         )
-    _check_tables(op, q, cos, sin)
+    check_tables(op, q, cos, sin)
     if packed:
         _check_sequences(op, position_ids, cu_seqlens)
     elif position_ids is not None:
@@ -56,7 +56,8 @@ def check_rotation(
             raise RuntimeError(f"{op}: {name} must be on {q.device}, got {t.device}")
 
 
-def _check_tables(op: str, q: Tensor, cos: Tensor, sin: Tensor) -> None:
+def check_tables(op: str, q: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Refuse what are no tables of angles for heads like these."""
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dtype not in (q.dtype, torch.float32):
             raise TypeError(f"{op}: {name} must be {q.dtype} or torch.float32, got {table.dtype}")
