@@ -142,6 +142,15 @@ LARGE = {
                "causal": True}
         for name in ("attention", "attention_with_lse")
     },
+    **{
+        name: {"lengths": ((150, 300), (1, 200), (64, 64), (90, 10)), "heads": 4, "kv_heads": 2,
+               "dim": 8, "causal": True}
+        for name in ("attention_varlen", "attention_varlen_with_lse")
+    },
+    **{
+        name: {"lengths": (2000, 17, 900), "heads": 8, "kv_heads": 2, "dim": 24, "q_len": 3}
+        for name in ("attention_decode", "attention_decode_with_lse")
+    },
 }  # fmt: skip
 
 

@@ -248,6 +248,28 @@ def test_options_go_by_their_names():
     same(tuple_of(tilewise.rms_norm(x, w, weight_offset=0.5)), expected)
 
 
+def test_an_option_may_be_some_numbers():
+    q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 40, 16)
+    lengths = torch.tensor([40], dtype=torch.int32)
+    for window in ((5, None), (20, None), (5, None)):
+        by_plan(tilewise.attention_decode, q, k, k, lengths, window=window)
+        expected = as_written(tilewise.attention_decode, 2 * q, k, k, lengths, window=window)
+        same(tuple_of(tilewise.attention_decode(2 * q, k, k, lengths, window=window)), expected)
+        tilewise.attention_decode.plans.clear()
+        tilewise.attention_decode.seen.clear()
+
+
+def test_the_numbers_of_tokens_are_not_in_a_plan():
+    """As they grow, the same plan serves: what it allocates is by the room of the cache."""
+    q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1100, 16)
+    by_plan(tilewise.attention_decode, q, k, k, torch.tensor([40], dtype=torch.int32))
+    for n in (0, 41, 512, 513, 1100):
+        lengths = torch.tensor([n], dtype=torch.int32)
+        expected = as_written(tilewise.attention_decode, q, k, k, lengths)
+        same(tuple_of(tilewise.attention_decode(q, k, k, lengths)), expected)
+    assert len(tilewise.attention_decode.plans) == 1
+
+
 def test_what_writes_to_what_a_kernel_wrote_has_no_plan():
     function = plan.planned(lambda x: tilewise.gelu(x).add_(1))
     x = torch.randn(4, 8)

@@ -22,7 +22,7 @@ from tilewise.kernels.numba._lanes import (
     vector_of,
 )
 from tilewise.kernels.numba._matmul import HEIGHT, lanes, once
-from tilewise.kernels.numba._parallel import INT32, INT64, callee
+from tilewise.kernels.numba._parallel import INT8, INT32, INT64, callee
 from tilewise.kernels.numba._simd import load, offset, pointer, real, store
 from tilewise.kernels.numba._stream import emit_read
 
@@ -60,13 +60,26 @@ def _emit_first(builder, step, size, lanes):
     return builder.select(builder.icmp_signed("<", at, last), at, last)
 
 
+def _emit_ask(builder, addresses, index, kind, at):
+    """Ask for element `at` of the row whose address is at `index`, which will be read soon."""
+    p = builder.inttoptr(builder.load(builder.gep(addresses, [index])), kind)
+    byte = INT8.as_pointer()
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(ir.VoidType(), [byte, INT32, INT32, INT32]),
+        "llvm.prefetch.p0",
+    )
+    place = builder.bitcast(builder.gep(p, [at]), byte)
+    builder.call(function, [place, INT32(0), INT32(3), INT32(1)])
+
+
 def _products(rows):
     @intrinsic
-    def products(typing_context, s, s_stride, q, q_stride, keys_at, kind, vectors, dim):
+    def products(typing_context, s, s_stride, q, q_stride, keys_at, kind, vectors, dim, ahead):
         """s[rows, lanes / rows] = the queries times the next keys."""
 
         def emit(context, builder, signature, args):
-            s, s_stride, q, q_stride, keys_at, _, vectors, dim = args
+            s, s_stride, q, q_stride, keys_at, _, vectors, dim, ahead = args
             scalar, at_kind = q.type.pointee, context.get_value_type(types.CPointer(kind))
             width, vector = lanes_of(scalar), vector_of(scalar)
             count = width // rows
@@ -83,6 +96,8 @@ def _products(rows):
                 builder.store(zero, slot)
             with cgutils.for_range(builder, vectors) as loop:
                 at = _emit_first(builder, loop.index, dim, width)
+                for i in range(count):
+                    _emit_ask(builder, keys_at, builder.add(ahead, INT64(i)), at_kind, at)
                 xs = [emit_read(builder, kind, p, at, width, scalar) for p in keys]
                 for r, query in enumerate(queries):
                     y = load_vector(builder, query, builder.mul(loop.index, INT64(width)))
@@ -101,7 +116,7 @@ def _products(rows):
             return context.get_dummy_value()
 
         kind, i = types.unliteral(kind), types.int64
-        return types.void(s, i, q, i, keys_at, kind, i, i), emit
+        return types.void(s, i, q, i, keys_at, kind, i, i, i), emit
 
     return products
 
@@ -112,12 +127,23 @@ _one_row, _two_rows, _four_rows = (_products(rows) for rows in (1, 2, 4))
 def _weighted(rows, vectors):
     @intrinsic
     def weighted(
-        typing_context, sums, sums_stride, p, p_stride, rescale, values_at, kind, keys, start, dim
+        typing_context,
+        sums,
+        sums_stride,
+        p,
+        p_stride,
+        rescale,
+        values_at,
+        kind,
+        keys,
+        start,
+        dim,
+        ahead,
     ):
         """sums[rows, vectors] = rescale * sums + p values, of the vectors `start` and on."""
 
         def emit(context, builder, signature, args):
-            sums, sums_stride, p, p_stride, rescale, values_at, _, keys, start, dim = args
+            sums, sums_stride, p, p_stride, rescale, values_at, _, keys, start, dim, ahead = args
             scalar, at_kind = sums.type.pointee, context.get_value_type(types.CPointer(kind))
             width, vector = lanes_of(scalar), vector_of(scalar)
             places = [
@@ -132,6 +158,8 @@ def _weighted(rows, vectors):
             with cgutils.for_range(builder, keys) as loop:
                 address = builder.load(builder.gep(values_at, [loop.index]))
                 value = builder.inttoptr(address, at_kind)
+                for at in places:
+                    _emit_ask(builder, values_at, builder.add(ahead, loop.index), at_kind, at)
                 xs = [emit_read(builder, kind, value, at, width, scalar) for at in places]
                 for r, row in enumerate(slots):
                     place = builder.add(builder.mul(p_stride, INT64(r)), loop.index)
@@ -150,7 +178,7 @@ def _weighted(rows, vectors):
             return context.get_dummy_value()
 
         kind, i = types.unliteral(kind), types.int64
-        return types.void(sums, i, p, i, rescale, values_at, kind, i, i, i), emit
+        return types.void(sums, i, p, i, rescale, values_at, kind, i, i, i, i), emit
 
     return weighted
 
@@ -162,9 +190,9 @@ MANY_BY_ONE, MANY_BY_TWO, MANY_BY_FOUR = (np.int64(n) for n in _MOST.values())
 
 
 @callee
-def multiply_keys(s, q, q_stride, keys_at, kind, rows, step, keys, dim):
+def multiply_keys(s, q, q_stride, keys_at, kind, rows, step, keys, dim, near):
     """Scores of `rows` queries, a multiple of `step`, with these keys, and with what follows them
-    up to a multiple of the lanes."""
+    up to a multiple of the lanes, while those `near` further on are asked for."""
     once()
     width = lanes(s)
     if dim < width:
@@ -183,17 +211,19 @@ def multiply_keys(s, q, q_stride, keys_at, kind, rows, step, keys, dim):
         for part in range(rows // step):
             r = part * step
             to, queries = offset(s, r * KEYS + first), offset(q, r * q_stride)
+            next = near if part == 0 else 0
             if step == 1:
-                _one_row(to, KEYS, queries, q_stride, some, kind, vectors, dim)
+                _one_row(to, KEYS, queries, q_stride, some, kind, vectors, dim, next)
             elif step == 2:
-                _two_rows(to, KEYS, queries, q_stride, some, kind, vectors, dim)
+                _two_rows(to, KEYS, queries, q_stride, some, kind, vectors, dim, next)
             else:
-                _four_rows(to, KEYS, queries, q_stride, some, kind, vectors, dim)
+                _four_rows(to, KEYS, queries, q_stride, some, kind, vectors, dim, next)
 
 
 @callee
-def weigh_values(sums, stride, p, rescale, values_at, kind, rows, step, keys, dim):
-    """sums = rescale * sums + p values, for `rows` queries, a multiple of `step`."""
+def weigh_values(sums, stride, p, rescale, ones, values_at, kind, rows, step, keys, dim, near):
+    """sums = rescale * sums + p values, for `rows` queries, a multiple of `step`: of as many keys
+    at a time as stay in the L1 cache, while the next as many are asked for."""
     once()
     width = lanes(sums)
     if dim < width:
@@ -207,26 +237,42 @@ def weigh_values(sums, stride, p, rescale, values_at, kind, rows, step, keys, di
         return
     vectors = (dim + width - 1) // width
     most = MANY_BY_ONE if step == 1 else MANY_BY_TWO if step == 2 else MANY_BY_FOUR
-    for part in range(rows // step):
-        r = part * step
-        to, ps, factors = offset(sums, r * stride), offset(p, r * KEYS), offset(rescale, r)
-        for turn in range(vectors // most + vectors % most):
-            many = turn < vectors // most
-            start = turn * most if many else vectors // most * most + turn - vectors // most
-            if step == 1:
-                if many:
-                    _many_by_one(to, stride, ps, KEYS, factors, values_at, kind, keys, start, dim)
+    for first in range(0, keys, near):
+        count, values = min(near, keys - first), offset(values_at, first)
+        for part in range(rows // step):
+            r = part * step
+            to, ps = offset(sums, r * stride), offset(p, r * KEYS + first)
+            factors = offset(rescale, r) if first == 0 else ones
+            next = near if part == 0 else 0
+            for turn in range(vectors // most + vectors % most):
+                many = turn < vectors // most
+                start = turn * most if many else vectors // most * most + turn - vectors // most
+                if step == 1:
+                    if many:
+                        _many_by_one(
+                            to, stride, ps, KEYS, factors, values, kind, count, start, dim, next
+                        )
+                    else:
+                        _one_by_one(
+                            to, stride, ps, KEYS, factors, values, kind, count, start, dim, next
+                        )
+                elif step == 2:
+                    if many:
+                        _many_by_two(
+                            to, stride, ps, KEYS, factors, values, kind, count, start, dim, next
+                        )
+                    else:
+                        _one_by_two(
+                            to, stride, ps, KEYS, factors, values, kind, count, start, dim, next
+                        )
+                elif many:
+                    _many_by_four(
+                        to, stride, ps, KEYS, factors, values, kind, count, start, dim, next
+                    )
                 else:
-                    _one_by_one(to, stride, ps, KEYS, factors, values_at, kind, keys, start, dim)
-            elif step == 2:
-                if many:
-                    _many_by_two(to, stride, ps, KEYS, factors, values_at, kind, keys, start, dim)
-                else:
-                    _one_by_two(to, stride, ps, KEYS, factors, values_at, kind, keys, start, dim)
-            elif many:
-                _many_by_four(to, stride, ps, KEYS, factors, values_at, kind, keys, start, dim)
-            else:
-                _one_by_four(to, stride, ps, KEYS, factors, values_at, kind, keys, start, dim)
+                    _one_by_four(
+                        to, stride, ps, KEYS, factors, values, kind, count, start, dim, next
+                    )
 
 
 @callee

@@ -64,7 +64,7 @@ def planned(function: Callable[P, R]) -> Callable[P, R]:
                 if not x.is_cpu or (graded and x.requires_grad):
                     return function(*args, **options)
                 key += x.dtype, x.shape, x.stride()
-            elif kind in _NUMBERS:
+            elif kind in _NUMBERS or (kind is tuple and all(type(n) in _NUMBERS for n in x)):
                 key.append(x)
             else:
                 return function(*args, **options)

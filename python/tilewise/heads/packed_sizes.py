@@ -64,8 +64,8 @@ def packed_inputs(
 
 
 _TINY: dict[str, Any] = {"lengths": ((3, 4), (2, 1)), "heads": 2, "kv_heads": 1, "dim": 5}
-# The first has a single key, whose gradient is 0 and that of a kernel a rounding of p = 1.
-_MIXED = ((1, 1), (1, 40), (0, 7), (33, 20), (5, 0), (17, 130))
+# No sequence has a single key: the gradient of that is 0, and a kernel's a rounding of p = 1.
+_MIXED = ((2, 3), (1, 40), (0, 7), (33, 20), (5, 0), (17, 130))
 
 PACKED_SIZES: list[Size] = [
     _TINY,
@@ -80,7 +80,7 @@ PACKED_SIZES: list[Size] = [
     _TINY | {"lengths": _MIXED, "dim": 8, "bias": "h", "past": 1},  # as in T5
     _TINY | {"lengths": _MIXED, "dim": 8, "bias": "bh", "bias_dtype": "float32", "softcap": 2.0},
     _TINY | {"lengths": _MIXED, "dim": 16, "left": 9, "sinks": True, "causal": True},
-    _TINY | {"lengths": _MIXED[1:], "dim": 16, "alibi": "bh", "right": 2, "dropout_p": 0.3},
+    _TINY | {"lengths": _MIXED, "dim": 16, "alibi": "bh", "right": 2, "dropout_p": 0.3},
     _TINY
     | {
         "lengths": ((35, 70), (4, 3), (50, 9)), "heads": 4, "kv_heads": 2, "dim": 8, "v_dim": 16,
