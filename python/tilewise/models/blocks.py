@@ -4,13 +4,17 @@ Each block is written to be read beside its formula; the ops of tilewise do the 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 import tilewise.nn
+from tilewise.choice import choose
+from tilewise.heads.cache import LONGEST
+from tilewise.op import needs_gradient
 from tilewise.ops.attention import attention
+from tilewise.ops.attention_decode import DECODE, attention_decode
 
 NORMS = ("rms_norm", "layer_norm")
 
@@ -23,17 +27,24 @@ class KVCache:
         keys: `[batch, kv_heads, capacity, head_dim]`, written up to `length`.
         values: The same.
         length: How many positions have been seen.
+        lengths: The same for each sequence, `[batch]`, int32, on the device of the keys.
     """
 
     keys: Tensor
     values: Tensor
     length: int = 0
+    lengths: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        batch = self.keys.shape[:1]
+        self.lengths = self.keys.new_full(batch, self.length, dtype=torch.int32)
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write the next positions, and return those of all positions so far, as views."""
         start, self.length = self.length, self.length + keys.shape[2]
         self.keys[:, :, start : self.length] = keys
         self.values[:, :, start : self.length] = values
+        self.lengths.fill_(self.length)
         return self.seen()
 
     def seen(self) -> tuple[Tensor, Tensor]:
@@ -100,9 +111,20 @@ class Attention(nn.Module):
                 q, k = rotary(q, k, offset=cache.length if cache else 0)
             if cache is not None:
                 k, v = cache.append(k, v)
-        read = attention(q, k, v, mask=mask, causal=causal)
+        if cache is not None and causal and mask is None and can_decode(q, cache):
+            read = attention_decode(q, cache.keys, cache.values, cache.lengths)
+        else:
+            read = attention(q, k, v, mask=mask, causal=causal)
         y: Tensor = self.output(read.transpose(1, 2).flatten(2))
         return y
+
+
+def can_decode(q: Tensor, cache: KVCache) -> bool:
+    """Whether a kernel is there for few queries, `[batch, heads, seq, head_dim]`, to a cache whose
+    last positions are theirs."""
+    few = q.shape[2] <= LONGEST and not needs_gradient(q, cache.keys)
+    tensors = (q, cache.keys, cache.values, cache.lengths)
+    return few and choose(DECODE, None, *tensors) != "reference"
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
