@@ -5,8 +5,8 @@ import math
 import numpy as np
 
 from tilewise.kernels.numba._parallel import Kernel, callee
-from tilewise.kernels.numba._rotation import turn_pairs
 from tilewise.kernels.numba._simd import load, offset, pointer, real, store
+from tilewise.kernels.numba._turn import turn_pairs
 
 NUMBER = np.int32(0)
 

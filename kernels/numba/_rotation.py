@@ -7,19 +7,10 @@ import numpy as np
 from torch import Tensor
 
 from tilewise.kernels.numba._simd import address, load, pointer
-from tilewise.kernels.numba._stream import loop_of
 
 INT32, INT64 = np.int32(0), np.int64(0)  # kinds
 
 inline = numba.njit(inline="always")
-
-
-def _turned(u, v, cos, sin, sign):
-    sin = sin * sign
-    return u * cos - v * sin, v * cos + u * sin
-
-
-turn_pairs = loop_of(_turned)
 
 
 def layout(*tensors: Tensor) -> tuple[int, ...]:

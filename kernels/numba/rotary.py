@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from tilewise.kernels.numba._parallel import Kernel
-from tilewise.kernels.numba._rotation import PAST, layout, places, position_of, turn_pairs
+from tilewise.kernels.numba._rotation import PAST, layout, places, position_of
 from tilewise.kernels.numba._shared import parts_for
 from tilewise.kernels.numba._simd import address, kind, load, offset, pointer, real, store
 from tilewise.kernels.numba._stream import LINE, finish_writes, streamed
+from tilewise.kernels.numba._turn import turn_pairs
 
 NAN = math.nan  # the angle of a position that the tables do not have
 
