@@ -27,41 +27,13 @@ from tilewise.rng import as_arguments, seed_and_offset
 # --- What PyTorch sees.
 
 
-_OPTIONS = ("bias", "sinks", "window", "alibi_slopes", "softcap", "dropout")
+def _up_to(widest: int, longest: int | None = None) -> Callable[..., str | None]:
+    """The `refuses` of a backend whose heads are at most so wide, and whose sequences so long."""
 
-
-def _refusing(
-    lacks: tuple[str, ...] = (), widest: int | None = None, longest: int | None = None
-) -> Callable[..., str | None]:
-    """The `refuses` of a backend without some options, whose heads are at most so wide, and whose
-    sequences are at most so long."""
-
-    def refuses(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None = None,
-        sinks: Tensor | None = None,
-        *,
-        causal: bool = False,
-        window: Window | None = None,
-        alibi_slopes: Tensor | None = None,
-        softcap: float | None = None,
-        dropout_p: float = 0.0,
-        **taken: Any,
-    ) -> str | None:
-        none = bias is None and sinks is None and window is None
-        if not none or alibi_slopes is not None or softcap is not None or dropout_p:
-            left, right = limits(causal, window)
-            seen = None if left < 0 and right <= 0 else window
-            given = (bias, sinks, seen, alibi_slopes, softcap, dropout_p or None)
-            for name, option in zip(_OPTIONS, given, strict=True):
-                if option is not None and name in lacks:
-                    return f"takes no {name}"
-        wide = max(q.shape[-1], v.shape[-1])
-        if widest is not None and wide > widest:
+    def refuses(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> str | None:
+        wide, length = max(q.shape[-1], v.shape[-1]), max(q.shape[-2], k.shape[-2])
+        if wide > widest:
             return f"takes heads up to {widest} wide, got {wide}"
-        length = max(q.shape[-2], k.shape[-2])
         if longest is not None and length > longest:
             return f"takes up to {longest} queries and keys, got {length}"
         return None
@@ -71,10 +43,10 @@ def _refusing(
 
 BACKENDS = backends_of(
     "attention",
-    cuda=_refusing(widest=128, longest=2**29),  # sums in registers; places are ints
+    cuda=_up_to(128, 2**29),  # sums in registers; places are ints
     cuda_dtypes=HALVES,  # what tensor cores take
     numba=takes_all,
-    triton=_refusing(_OPTIONS, widest=256),  # a tile in registers
+    triton=_up_to(256),  # a tile in registers
 )
 
 

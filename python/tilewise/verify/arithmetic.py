@@ -122,9 +122,20 @@ def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any
             small = np.matmul(cut_to_tf32(x - large_x), large_y)
             product = small + np.matmul(large_x, cut_to_tf32(y - large_y))
             product += np.matmul(large_x, large_y)
+        elif is_single and d.data.dtype == np.float32:
+            return handle_of(_fused_sums(x, y, d.data), d.dtype)
         else:
             product = np.matmul(x.astype(total), y.astype(total))
         return handle_of(product + numbers(d).astype(total), d.dtype)
+
+
+def _fused_sums(x: Any, y: Any, sums: Any) -> Any:
+    """sums + x y, of each element a term after the other: the same bits for a product transposed,
+    whose kernels a softmax and its gradient share. The order of a BLAS depends on the shape."""
+    for i in range(x.shape[-1]):
+        terms = x[..., :, i, None].astype(np.float64) * y[..., i, None, :]
+        sums = (terms + sums).astype(np.float32)
+    return sums
 
 
 def create_fabs(self: Any, operand: Any) -> Any:

@@ -1,0 +1,222 @@
+"""The backward pass of attention: one kernel for dq and one for dk and dv, each the only writer of
+its elements: no atomics, the same bits every time."""
+
+import triton
+import triton.language as tl
+
+from tilewise.kernels.triton._attention_scores import (
+    at_head,
+    hide,
+    kept,
+    load_rows,
+    numbers_of,
+    probabilities,
+    scored,
+    seen_keys,
+    statistics,
+    step_at,
+    steps_of,
+    store_rows,
+    stretches,
+    turned,
+)
+
+
+@triton.jit
+def _add_queries(
+    dq, exact, mean, q, dout, highest, share, delta, k_ptr, v_ptr, query, first, row, seed, offset,
+    mask_at, bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim, k_row, v_row,
+    CHECK: tl.constexpr, DQ: tl.constexpr, EXACT: tl.constexpr, DIM: tl.constexpr,
+    V_DIM: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    key = first + tl.arange(0, KEYS)
+    seen = None
+    if CHECK:
+        seen = seen_keys(key, seq_k, rules, mask_at)
+    k = load_rows(k_ptr, key, k_row, tl.arange(0, DIM), dim, seen)
+    v = load_rows(v_ptr, key, v_row, tl.arange(0, V_DIM), v_dim, seen)
+    product = tl.dot(q, tl.trans(k), input_precision="ieee")
+    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    keys = seen[None, :] if CHECK else (key < seq_k)[None, :]
+    queries, shift = (query < seq_q)[:, None], seq_k - seq_q
+    score, steep = scored(
+        product, query[:, None], key[None, :], queries, keys, shift, rules, bias_at, slope
+    )
+    if CHECK:
+        score = hide(score, query[:, None], key[None, :], queries, keys, shift, rules, mask_at)
+
+    SPLIT: tl.constexpr = q.dtype == tl.float32
+    p = probabilities(score, rules.factor, highest[:, None], share[:, None], SPLIT)
+    if drawn is not None:
+        dp = tl.where(kept(drawn, seed, offset, row, first, KEYS), dp * drawn.scale, 0.0)
+    if EXACT:
+        exact += tl.sum(p * dp, 1)
+    if DQ:
+        ds = p * (dp - delta[:, None])
+        if rules.softcap is not None:
+            ds *= steep
+            p *= steep
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        if q.dtype == tl.float32:
+            mean = tl.dot(p, k, mean, input_precision="ieee")
+    return dq, exact, mean
+
+
+@triton.jit
+def _queries_backward_kernel(
+    dq_ptr, delta_ptr, dout_ptr, dlse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, highest_ptr, total_ptr,
+    rules, drawn, heads, group, seq_q, seq_k, dim, v_dim, dq_strides, dout_strides, out_strides,
+    q_strides, k_strides, v_strides, sign, scale,
+    DQ: tl.constexpr, EXACT: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    # Out is rounded, and with it delta: alike for all keys of a query, and more than ds is where a
+    # query sees little beside one key. EXACT is that from the probabilities, for the other kernels;
+    # in fp32 the error times the mean key is taken from dq.
+    blocks = tl.cdiv(seq_q, QUERIES)
+    program = tl.program_id(0)
+    first_query = (blocks - 1 - program % blocks) * QUERIES  # causal: the longest first
+    index = tl.cast(program // blocks, tl.int64)
+    batch, head = index // heads, index % heads
+    query = first_query + tl.arange(0, QUERIES)
+    col, v_col = tl.arange(0, DIM), tl.arange(0, V_DIM)
+    inside, row = query < seq_q, index * seq_q + query
+    dout_ptr += batch * dout_strides[0] + head * dout_strides[1]
+    out_ptr += batch * out_strides[0] + head * out_strides[1]
+    dout = load_rows(dout_ptr, query, dout_strides[2], v_col, v_dim, inside)
+    out = load_rows(out_ptr, query, out_strides[2], v_col, v_dim, inside)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    exact = tl.zeros([QUERIES], tl.float32)
+    if dlse_ptr is not None:
+        dlse = tl.load(dlse_ptr + row, mask=inside, other=0.0)
+        delta -= dlse
+        exact -= dlse
+
+    if DQ or EXACT:
+        k_ptr += batch * k_strides[0] + head // group * k_strides[1]
+        v_ptr += batch * v_strides[0] + head // group * v_strides[1]
+        q_ptr += batch * q_strides[0] + head * q_strides[1]
+        mask_at, bias_at, slope = at_head(rules, batch, head)
+        seed, offset = numbers_of(drawn)
+        q = load_rows(q_ptr, query, q_strides[2], col, dim, inside)
+        q = turned(q, sign)
+        highest, share = statistics(
+            highest_ptr + index * seq_q, total_ptr + index * seq_q, query, seq_q,
+            q.dtype == tl.float32,
+        )  # fmt: skip
+        dq = tl.zeros([QUERIES, DIM], tl.float32)
+        mean = tl.zeros_like(dq)
+        stretch = stretches(
+            first_query + seq_k - seq_q, seq_k, rules.left, rules.right, rules.mask,
+            True, QUERIES, KEYS,
+        )  # fmt: skip
+        for CHECK in tl.static_range(2):
+            if CHECK or rules.mask is None:
+                for i in range(0, steps_of(CHECK, *stretch, KEYS)):
+                    first = step_at(CHECK, i, *stretch, KEYS)
+                    dq, exact, mean = _add_queries(
+                        dq, exact, mean, q, dout, highest, share, delta, k_ptr, v_ptr, query, first,
+                        row, seed, offset, mask_at, bias_at, slope, rules, drawn, seq_q, seq_k, dim,
+                        v_dim, k_strides[2], v_strides[2], CHECK, DQ, EXACT, DIM, V_DIM, KEYS,
+                    )  # fmt: skip
+        if DQ:
+            if q.dtype == tl.float32:
+                dq -= (exact - delta)[:, None] * mean
+            dq_ptr += batch * dq_strides[0] + head * dq_strides[1]
+            store_rows(dq_ptr, dq * scale, query, dq_strides[2], col, dim, inside)
+    tl.store(delta_ptr + row, exact if EXACT else delta, mask=inside)
+
+
+@triton.jit
+def _add_keys(
+    dk, dv, k, v, dout_ptr, q_ptr, delta_ptr, highest_ptr, total_ptr, key, first_key, first, row,
+    seed, offset, mask_at, bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim, q_row, dout_row,
+    CHECK: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    # What lies past the last query has no share, and what past the last key is not stored, so
+    # neither needs to be hidden.
+    query = first + tl.arange(0, QUERIES)
+    inside = query < seq_q
+    q = load_rows(q_ptr, query, q_row, tl.arange(0, DIM), dim, inside)
+    dout = load_rows(dout_ptr, query, dout_row, tl.arange(0, V_DIM), v_dim, inside)
+    SPLIT: tl.constexpr = q.dtype == tl.float32
+    highest, share = statistics(highest_ptr, total_ptr, query, seq_q, SPLIT)
+    delta = tl.load(delta_ptr + query, mask=inside, other=0.0)
+    product = tl.dot(k, tl.trans(q), input_precision="ieee")
+    dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+    queries, keys, shift = inside[None, :], (key < seq_k)[:, None], seq_k - seq_q
+    if CHECK:
+        keys = seen_keys(key, seq_k, rules, mask_at)[:, None]
+    score, steep = scored(
+        product, query[None, :], key[:, None], queries, keys, shift, rules, bias_at, slope
+    )
+    if CHECK:
+        score = hide(score, query[None, :], key[:, None], queries, keys, shift, rules, mask_at)
+
+    p = probabilities(score, rules.factor, highest[None, :], share[None, :], SPLIT)
+    averaged = p
+    if drawn is not None:
+        keep = tl.trans(kept(drawn, seed, offset, row + query, first_key, KEYS))
+        dp = tl.where(keep, dp * drawn.scale, 0.0)
+        averaged = tl.where(keep, p, 0.0)
+    dv = tl.dot(averaged.to(dout.dtype), dout, dv, input_precision="ieee")
+    ds = p * (dp - delta[None, :])
+    if rules.softcap is not None:
+        ds *= steep
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def _keys_backward_kernel(
+    dk_ptr, dv_ptr, dout_ptr, q_ptr, k_ptr, v_ptr, delta_ptr, highest_ptr, total_ptr,
+    rules, drawn, kv_heads, group, seq_q, seq_k, dim, v_dim, dk_strides, dv_strides, dout_strides,
+    q_strides, k_strides, v_strides, sign, scale,
+    DIM: tl.constexpr, V_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(seq_k, KEYS)
+    program = tl.program_id(0)
+    first_key = program % blocks * KEYS  # causal: the longest first
+    index = tl.cast(program // blocks, tl.int64)
+    batch, kv_head = index // kv_heads, index % kv_heads
+    key = first_key + tl.arange(0, KEYS)
+    col, v_col = tl.arange(0, DIM), tl.arange(0, V_DIM)
+    k_ptr += batch * k_strides[0] + kv_head * k_strides[1]
+    v_ptr += batch * v_strides[0] + kv_head * v_strides[1]
+    seed, offset = numbers_of(drawn)
+
+    dk = tl.zeros([KEYS, DIM], tl.float32)
+    dv = tl.zeros([KEYS, V_DIM], tl.float32)
+    for member in range(0, group):
+        head = kv_head * group + member
+        mask_at, bias_at, slope = at_head(rules, batch, head)
+        seen = seen_keys(key, seq_k, rules, mask_at)
+        k = turned(load_rows(k_ptr, key, k_strides[2], col, dim, seen), sign)
+        v = load_rows(v_ptr, key, v_strides[2], v_col, v_dim, seen)
+        row = (batch * kv_heads * group + head) * seq_q
+        head_q = q_ptr + batch * q_strides[0] + head * q_strides[1]
+        head_dout = dout_ptr + batch * dout_strides[0] + head * dout_strides[1]
+        stretch = stretches(
+            first_key - (seq_k - seq_q), seq_q, rules.right, rules.left, rules.mask,
+            False, KEYS, QUERIES,
+        )  # fmt: skip
+        bounded = rules.mask is not None or rules.left is not None or rules.right is not None
+        for CHECK in tl.static_range(2):
+            if bounded if CHECK else rules.mask is None:
+                for i in tl.range(0, steps_of(CHECK, *stretch, QUERIES), disable_licm=True):
+                    first = step_at(CHECK, i, *stretch, QUERIES)
+                    dk, dv = _add_keys(
+                        dk, dv, k, v, head_dout, head_q, delta_ptr + row, highest_ptr + row,
+                        total_ptr + row, key, first_key, first, row, seed, offset, mask_at, bias_at,
+                        slope, rules, drawn, seq_q, seq_k, dim, v_dim, q_strides[2],
+                        dout_strides[2], CHECK, DIM, V_DIM, QUERIES, KEYS,
+                    )  # fmt: skip
+
+    inside = key < seq_k
+    dk_ptr += batch * dk_strides[0] + kv_head * dk_strides[1]
+    store_rows(dk_ptr, dk * scale, key, dk_strides[2], col, dim, inside)
+    if drawn is not None:
+        dv *= drawn.scale
+    dv_ptr += batch * dv_strides[0] + kv_head * dv_strides[1]
+    store_rows(dv_ptr, dv, key, dv_strides[2], v_col, v_dim, inside)

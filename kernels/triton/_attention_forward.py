@@ -1,0 +1,106 @@
+"""The forward pass of attention: a block of queries a program, keys and values streamed past it."""
+
+import triton
+import triton.language as tl
+
+from tilewise.kernels.triton._attention_scores import (
+    LOG2_E,
+    at_head,
+    hide,
+    kept,
+    load_rows,
+    numbers_of,
+    scored,
+    seen_keys,
+    step_at,
+    steps_of,
+    store_rows,
+    stretches,
+    turned,
+)
+
+_LOG2_E = tl.constexpr(LOG2_E)
+
+
+@triton.jit
+def _attend(
+    highest, total, sums, q, k_ptr, v_ptr, query, first, row, seed, offset, mask_at, bias_at, slope,
+    rules, drawn, seq_q, seq_k, dim, v_dim, k_row, v_row,
+    CHECK: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    key = first + tl.arange(0, KEYS)
+    seen = None
+    if CHECK:
+        seen = seen_keys(key, seq_k, rules, mask_at)
+    k = load_rows(k_ptr, key, k_row, tl.arange(0, DIM), dim, seen)
+    v = load_rows(v_ptr, key, v_row, tl.arange(0, V_DIM), v_dim, seen)
+    product = tl.dot(q, tl.trans(k), input_precision="ieee")
+    keys = seen[None, :] if CHECK else (key < seq_k)[None, :]
+    queries, shift = (query < seq_q)[:, None], seq_k - seq_q
+    score, _ = scored(
+        product, query[:, None], key[None, :], queries, keys, shift, rules, bias_at, slope
+    )
+    if CHECK:
+        score = hide(score, query[:, None], key[None, :], queries, keys, shift, rules, mask_at)
+
+    above = tl.maximum(highest, tl.max(score, 1) * rules.factor)
+    base = tl.where(above == float("-inf"), 0.0, above)
+    p = tl.exp2(tl.fma(score, rules.factor, -base[:, None]))
+    rescale = tl.exp2(highest - base)
+    total = total * rescale + tl.sum(p, 1)
+    if drawn is not None:
+        p = tl.where(kept(drawn, seed, offset, row, first, KEYS), p, 0.0)
+    sums = tl.dot(p.to(v.dtype), v, sums * rescale[:, None], input_precision="ieee")
+    return above, total, sums
+
+
+@triton.jit
+def _forward_kernel(
+    out_ptr, highest_ptr, total_ptr, q_ptr, k_ptr, v_ptr, sinks_ptr, rules, drawn,
+    heads, group, seq_q, seq_k, dim, v_dim, out_strides, q_strides, k_strides, v_strides, sign,
+    DIM: tl.constexpr, V_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(seq_q, QUERIES)
+    program = tl.program_id(0)
+    first_query = (blocks - 1 - program % blocks) * QUERIES  # causal: the longest first
+    index = tl.cast(program // blocks, tl.int64)
+    batch, head = index // heads, index % heads
+    query = first_query + tl.arange(0, QUERIES)
+    inside, row = query < seq_q, index * seq_q + query
+    k_ptr += batch * k_strides[0] + head // group * k_strides[1]
+    v_ptr += batch * v_strides[0] + head // group * v_strides[1]
+    mask_at, bias_at, slope = at_head(rules, batch, head)
+    seed, offset = numbers_of(drawn)
+    q_ptr += batch * q_strides[0] + head * q_strides[1]
+    q = load_rows(q_ptr, query, q_strides[2], tl.arange(0, DIM), dim, inside)
+    q = turned(q, sign)
+
+    highest = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2_E
+        highest = tl.maximum(highest, sink)
+        total += tl.where(sink == float("-inf"), 0.0, 1.0)
+    sums = tl.zeros([QUERIES, V_DIM], tl.float32)
+    stretch = stretches(
+        first_query + seq_k - seq_q, seq_k, rules.left, rules.right, rules.mask,
+        True, QUERIES, KEYS,
+    )  # fmt: skip
+    for CHECK in tl.static_range(2):
+        if CHECK or rules.mask is None:
+            for i in range(0, steps_of(CHECK, *stretch, KEYS)):
+                first = step_at(CHECK, i, *stretch, KEYS)
+                highest, total, sums = _attend(
+                    highest, total, sums, q, k_ptr, v_ptr, query, first, row, seed, offset,
+                    mask_at, bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim,
+                    k_strides[2], v_strides[2], CHECK, DIM, V_DIM, KEYS,
+                )  # fmt: skip
+
+    nothing = total == 0
+    out = tl.where(nothing[:, None], 0.0, sums / tl.where(nothing, 1.0, total)[:, None])
+    if drawn is not None:
+        out *= drawn.scale
+    tl.store(highest_ptr + row, highest, mask=inside)
+    tl.store(total_ptr + row, total, mask=inside)
+    out_ptr += batch * out_strides[0] + head * out_strides[1]
+    store_rows(out_ptr, out, query, out_strides[2], tl.arange(0, V_DIM), v_dim, inside)
