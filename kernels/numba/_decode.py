@@ -235,8 +235,6 @@ def attend_split(item, work_at, ins, kinds, sizes, strides, cache, rules):
     s, places, rescale, ones = _scores(q), _line(q), _few(q), _few(q)
     for j in range(KEYS):
         store(places, j, real(wide, j))
-    for i in range(ROWS * KEYS):
-        store(s, i, real(wide, 0))
     for i in range(ROWS):
         store(rescale, i, real(wide, 1))
         store(ones, i, real(wide, 1))
