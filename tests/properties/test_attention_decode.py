@@ -223,6 +223,12 @@ def test_autocast_lowers_the_queries(backend):
         assert torch.equal(attention_decode(q, k, v, lengths_of(9, 4), backend=backend), expected)
 
 
+def test_of_full_caches_the_reference_is_the_function_of_torch():
+    q, (k, v) = normal(2, 4, 1, 8, dtype=torch.float64), dense((9, 9), spare=0, dtype=torch.float64)
+    tensors = (q, k, v, lengths_of(9, 9))
+    torch.testing.assert_close(DECODE.reference(*tensors), DECODE.native(*tensors))
+
+
 def test_a_decoded_sequence_is_a_causal_one():
     """Token after token, appended and decoded, gives what attention gives at once."""
     q, k, v = (normal(1, heads, 20, 8, seed=i) for i, heads in enumerate((4, 2, 2)))

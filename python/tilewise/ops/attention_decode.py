@@ -4,6 +4,7 @@ what appends to that cache."""
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tilewise.heads.cache import decoded
@@ -194,6 +195,14 @@ def attention_decode_reference(
     return decoded(q, k_cache, v_cache, seq_lens, sinks, **options)[0]
 
 
+def _native(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, sinks: Tensor | None = None
+) -> Tensor:
+    """PyTorch's own, of one new token and caches that are full: `seq_lens` are their capacity."""
+    assert sinks is None and q.shape[2] == 1
+    return torch.nn.functional.scaled_dot_product_attention(q, k_cache, v_cache, enable_gqa=True)
+
+
 _CONSTANTS = frozenset(range(5))  # none has a gradient
 
 DECODE = declare(
@@ -207,6 +216,7 @@ DECODE = declare(
         workloads=CACHE_WORKLOADS,
         bytes_moved=cache_bytes_moved,
         flops=cache_flops,
+        native=_native,
         constants=_CONSTANTS,
     )
 )
