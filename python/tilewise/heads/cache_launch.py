@@ -8,7 +8,7 @@ from torch import Tensor
 from tilewise.choice import choose
 from tilewise.heads.cache import append_reference_, check_append, check_decode, decoded
 from tilewise.heads.formula import Window, limits, scale_of
-from tilewise.heads.launch import _lowered, _rows, _same_layout
+from tilewise.heads.layout import in_rows, lowered, same_layout
 from tilewise.op import (
     Op,
     autocast_dtype,
@@ -31,7 +31,7 @@ _forward = register(
     " float scale, str backend) -> (Tensor out, Tensor lse)",
     CACHE_BACKENDS,
     fake=lambda q, k_cache, v_cache, *options: (
-        _same_layout(q, v_cache.shape[-1]),
+        same_layout(q, v_cache.shape[-1]),
         q.new_empty(q.shape[:-1], dtype=wide_dtype(q.dtype)),
     ),
 )
@@ -60,9 +60,9 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments of `op` and run it: out and lse."""
     if (dtype := autocast_dtype(q)) is not None:
-        q = _lowered(q, dtype)
+        q = lowered(q, dtype)
         if sinks is not None and sinks.dtype != torch.float32:
-            sinks = _lowered(sinks, dtype)
+            sinks = lowered(sinks, dtype)
         with torch.autocast(q.device.type, enabled=False):  # for the products of the reference
             return decode(
                 op, q, k_cache, v_cache, seq_lens, sinks, check_inputs=check_inputs,
@@ -100,7 +100,7 @@ def _as_kernels_take(
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.expand(q.shape[:2])
     return (
-        _rows(q), _rows(k_cache), _rows(v_cache), seq_lens.contiguous(),
+        in_rows(q), in_rows(k_cache), in_rows(v_cache), seq_lens.contiguous(),
         None if block_table is None else block_table.contiguous(), alibi_slopes,
         None if sinks is None else sinks.contiguous(), limits(True, window)[0],
         float(softcap or 0.0), scale,
@@ -135,6 +135,6 @@ def append_(
         return
     tables = (None if t is None else side_by_side(t) for t in (cos, sin))
     _append(
-        k_cache, v_cache, _rows(k), _rows(v), seq_lens_before.contiguous(),
+        k_cache, v_cache, in_rows(k), in_rows(v), seq_lens_before.contiguous(),
         None if block_table is None else block_table.contiguous(), *tables, interleaved, chosen,
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """Attention as torch ops, differentiated, and behind one front door."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Generator, Tensor
 from tilewise.choice import choose
 from tilewise.heads.checks import check_heads, check_options
 from tilewise.heads.formula import Window, attended, limits, scale_of
+from tilewise.heads.layout import in_rows, lowered, lse_of, same_layout
 from tilewise.op import (
     HALVES,
     Op,
@@ -50,13 +50,6 @@ BACKENDS = backends_of(
 )
 
 
-def _same_layout(x: Tensor, cols: int) -> Tensor:
-    """What the kernels allocate: the dims in memory in the order of those of `x`."""
-    order = sorted(range(x.ndim - 1), key=x.stride, reverse=True)
-    size = (*x.shape[:-1], cols)
-    return torch.empty_permuted(size, (*order, x.ndim - 1), dtype=x.dtype, device=x.device)
-
-
 # Mask and bias are [batch, heads, seq_q, seq_k] or have 1 in the place of any of these; the columns
 # of a bias are neighbours. Slopes are fp32, [batch, heads], which may be one and the same for each
 # batch; sinks are [heads], contiguous. Bias and sinks have the dtype of q, or are fp32.
@@ -79,7 +72,7 @@ _forward = register(
     " -> (Tensor out, Tensor highest, Tensor total)",
     BACKENDS,
     fake=lambda q, k, v, *options: (
-        _same_layout(q, v.shape[-1]),
+        same_layout(q, v.shape[-1]),
         q.new_empty(q.shape[:-1], dtype=wide_dtype(q.dtype)),
         q.new_empty(q.shape[:-1], dtype=wide_dtype(q.dtype)),
     ),
@@ -92,7 +85,7 @@ def _gradients(
 ) -> list[Tensor]:  # fmt: skip
     wanted = options[-6:-1]
     laid_out = [
-        _same_layout(t, t.shape[-1]) if w else q.new_empty(0)
+        same_layout(t, t.shape[-1]) if w else q.new_empty(0)
         for w, t in zip(wanted, (q, k, v), strict=False)
     ]
     plain = [
@@ -128,7 +121,7 @@ class _Attention(torch.autograd.Function):
         ctx.numbers = (left, right, softcap, scale, dropout_p)
         ctx.draw, ctx.chosen = (seed, offset), chosen
         ctx.set_materialize_grads(False)
-        return (out, _lse(highest, total)) if with_lse else out
+        return (out, lse_of(highest, total)) if with_lse else out
 
     @staticmethod
     def backward(
@@ -156,7 +149,7 @@ class _Attention(torch.autograd.Function):
         flat = wanted[3] and bias.shape[3] == 1
         asked = [*wanted[:3], wanted[3] and not flat, wanted[4]]
         grads = _backward(
-            _rows(dout), None if dlse is None else dlse.contiguous(),
+            in_rows(dout), None if dlse is None else dlse.contiguous(),
             q, k, v, mask, bias, slopes, sinks, *results,
             *ctx.numbers, seeds, offsets, seed, offset, *asked, ctx.chosen,
         )  # fmt: skip
@@ -177,7 +170,7 @@ def _flat_gradient(
 ) -> Tensor:
     """The gradient of a bias that is the same for all keys of a query: without a sink it moves
     nothing but lse. With p the part of the sink, it is p sum(dout out) + (1 - p) dlse."""
-    lse = _lse(highest, total)
+    lse = lse_of(highest, total)
     rows = torch.zeros_like(lse) if dlse is None else dlse
     if sinks is not None:
         part = torch.exp(sinks.to(lse.dtype)[:, None] - lse).nan_to_num(0.0)
@@ -185,10 +178,6 @@ def _flat_gradient(
         rows = part * delta + (1 - part) * rows
     rows = rows.masked_fill(total == 0, 0.0)
     return rows[..., None].sum_to_size(bias.shape).to(bias.dtype)
-
-
-def _lse(highest: Tensor, total: Tensor) -> Tensor:
-    return math.log(2) * highest + total.log()
 
 
 # --- What the front doors do.
@@ -209,10 +198,9 @@ def attend(
 ) -> Any:
     """Check the arguments of `op` and run it: out, or out and lse."""
     if (dtype := autocast_dtype(q)) is not None:
-        q, k, v = (_lowered(t, dtype) for t in (q, k, v))
+        q, k, v = (lowered(t, dtype) for t in (q, k, v))
         bias, sinks = (
-            t if t is None or t.dtype == torch.float32 else _lowered(t, dtype)
-            for t in (bias, sinks)
+            t if t is None or t.dtype == torch.float32 else lowered(t, dtype) for t in (bias, sinks)
         )
         with torch.autocast(q.device.type, enabled=False):  # for the products of the reference
             return attend(
@@ -237,7 +225,7 @@ def attend(
     if needs_gradient(q, k, v, bias, sinks):
         return _Attention.apply(*arguments, with_lse, chosen)  # type: ignore[no-untyped-call]
     out, highest, total = _forward(*arguments, chosen)
-    return (out, _lse(highest, total)) if with_lse else out
+    return (out, lse_of(highest, total)) if with_lse else out
 
 
 def _as_kernels_take(
@@ -261,14 +249,14 @@ def _as_kernels_take(
         mask = mask[(None,) * (4 - mask.ndim)]
     if bias is not None:
         bias = bias[(None,) * (4 - bias.ndim)]
-        bias = bias if bias.shape[-1] == 1 else _rows(bias)
+        bias = bias if bias.shape[-1] == 1 else in_rows(bias)
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.expand(q.shape[:2])
     if sinks is not None:
         sinks = sinks.contiguous()
     left, right = limits(causal, window)
     return (
-        _rows(q), _rows(k), _rows(v), mask, bias, alibi_slopes, sinks,
+        in_rows(q), in_rows(k), in_rows(v), mask, bias, alibi_slopes, sinks,
         left, right, float(softcap or 0.0), scale, float(dropout_p),
     )  # fmt: skip
 
@@ -295,12 +283,3 @@ def reference_of(
         q, k, v, mask, bias, alibi_slopes, sinks, *limits(causal, window), softcap or 0.0,
         scale_of(q, scale), dropout_p, seed, offset,
     )  # fmt: skip
-
-
-def _lowered(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-
-def _rows(t: Tensor) -> Tensor:
-    """Any strides, but each row in one piece."""
-    return t if t.stride(-1) == 1 else t.contiguous()

@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 
 from tilewise.choice import choose
 from tilewise.heads.formula import Window, limits, scale_of
-from tilewise.heads.launch import _lowered, _lse, _rows, _same_layout
+from tilewise.heads.layout import in_rows, lowered, lse_of, same_layout
 from tilewise.heads.packed import check_packed, check_packed_options, packed_attended
 from tilewise.op import (
     Op,
@@ -43,7 +43,7 @@ _NUMBERS = (
 
 def _results(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     highest = q.new_empty(q.shape[1], q.shape[0], dtype=wide_dtype(q.dtype))
-    return _same_layout(q, v.shape[-1]), highest, torch.empty_like(highest)
+    return same_layout(q, v.shape[-1]), highest, torch.empty_like(highest)
 
 
 def _gradients(
@@ -53,7 +53,7 @@ def _gradients(
 ) -> list[Tensor]:  # fmt: skip
     wanted = options[-6:-1]
     laid_out = [
-        _same_layout(t, t.shape[-1]) if w else q.new_empty(0)
+        same_layout(t, t.shape[-1]) if w else q.new_empty(0)
         for w, t in zip(wanted, (q, k, v), strict=False)
     ]
     plain = [
@@ -91,7 +91,7 @@ class _AttentionVarlen(torch.autograd.Function):
         ctx.save_for_backward(*tensors, seeds, offsets, out, highest, total)
         ctx.longest, ctx.draw, ctx.chosen = (longest_q, longest_k), (seed, offset), chosen
         ctx.set_materialize_grads(False)
-        return (out, _lse(highest, total)) if with_lse else out
+        return (out, lse_of(highest, total)) if with_lse else out
 
     @staticmethod
     def backward(
@@ -116,7 +116,7 @@ class _AttentionVarlen(torch.autograd.Function):
         else:
             wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 7, 9)]
             found = _backward(
-                _rows(dout), None if dlse is None else dlse.contiguous(),
+                in_rows(dout), None if dlse is None else dlse.contiguous(),
                 q, k, v, *places, bias, slopes, sinks, out, highest, total,
                 *ctx.numbers, seeds, offsets, seed, offset, *wanted, ctx.chosen,
             )  # fmt: skip
@@ -148,10 +148,9 @@ def attend_packed(
     """Check the arguments of `op` and run it: out, or out and lse."""
     ends, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     if (dtype := autocast_dtype(q)) is not None:
-        q, k, v = (_lowered(t, dtype) for t in (q, k, v))
+        q, k, v = (lowered(t, dtype) for t in (q, k, v))
         bias, sinks = (
-            t if t is None or t.dtype == torch.float32 else _lowered(t, dtype)
-            for t in (bias, sinks)
+            t if t is None or t.dtype == torch.float32 else lowered(t, dtype) for t in (bias, sinks)
         )
         with torch.autocast(q.device.type, enabled=False):  # for the products of the reference
             return attend_packed(
@@ -181,7 +180,7 @@ def attend_packed(
     if needs_gradient(q, k, v, bias, sinks):
         return _AttentionVarlen.apply(*arguments, with_lse, chosen)  # type: ignore[no-untyped-call]
     out, highest, total = _forward(*arguments, chosen)
-    return (out, _lse(highest, total)) if with_lse else out
+    return (out, lse_of(highest, total)) if with_lse else out
 
 
 def _as_kernels_take(
@@ -208,8 +207,8 @@ def _as_kernels_take(
         alibi_slopes = alibi_slopes.expand(len(cu_seqlens_q) - 1, q.shape[1])
     left, right = limits(causal, window)
     return (
-        _rows(q), _rows(k), _rows(v), cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(),
-        max_seqlen_q, max_seqlen_k, None if bias is None else _rows(bias), alibi_slopes,
+        in_rows(q), in_rows(k), in_rows(v), cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(),
+        max_seqlen_q, max_seqlen_k, None if bias is None else in_rows(bias), alibi_slopes,
         None if sinks is None else sinks.contiguous(),
         left, right, float(softcap or 0.0), scale, float(dropout_p),
     )  # fmt: skip
