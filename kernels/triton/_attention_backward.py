@@ -202,6 +202,7 @@ def _keys_backward_kernel(
             False, KEYS, QUERIES,
         )  # fmt: skip
         bounded = rules.mask is not None or rules.left is not None or rules.right is not None
+        # What does not change in a loop stays in it: taken out, it fills the registers.
         for CHECK in tl.static_range(2):
             if bounded if CHECK else rules.mask is None:
                 for i in tl.range(0, steps_of(CHECK, *stretch, QUERIES), disable_licm=True):

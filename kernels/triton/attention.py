@@ -27,10 +27,10 @@ def _width(dim: int) -> int:
     return max(triton.next_power_of_2(dim), 16)  # the least that tl.dot takes
 
 
-# Blocks of queries and keys, warps and stages by bytes an element, by how much a program keeps, and
-# by the wider of the two dims: the largest of those tried that ptxas compiles for sm_80, sm_90,
-# sm_100 and sm_120 with no access to local memory, whatever the options. Products in true fp32 are
-# made of scalars; what a loop keeps of them fills the registers.
+# Blocks of queries and keys, warps and stages by bytes an element, by how much a program keeps
+# (`_kept`), and by the wider of the two dims: the largest of those tried that ptxas compiles for
+# sm_80, sm_90, sm_100 and sm_120 with no access to local memory, for every declared size. Products
+# in true fp32 are made of scalars; what a loop keeps of them fills the registers.
 _FORWARD = {
     4: ({64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 32, 8, 1)},
         {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
@@ -55,7 +55,7 @@ _KEYS = {
         {64: (16, 64, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
         {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}),
 }  # fmt: skip
-_BIAS = {
+_BIAS = {  # a bias alone is much
     4: ({64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
         {64: (16, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}),
     2: ({64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},

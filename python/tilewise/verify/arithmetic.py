@@ -116,14 +116,14 @@ def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any
     is_single = x.dtype == y.dtype == np.float32 and not (is_narrow(a) or is_narrow(b))
     with np.errstate(all="ignore"):
         if is_single and precision == _PRECISION.TF32:
-            product = np.matmul(cut_to_tf32(x), cut_to_tf32(y))
-        elif is_single and precision == _PRECISION.TF32x3:
+            return handle_of(_fused_sums(cut_to_tf32(x), cut_to_tf32(y), numbers(d)), d.dtype)
+        if is_single and precision == _PRECISION.TF32x3:
             large_x, large_y = cut_to_tf32(x), cut_to_tf32(y)
             small = np.matmul(cut_to_tf32(x - large_x), large_y)
             product = small + np.matmul(large_x, cut_to_tf32(y - large_y))
             product += np.matmul(large_x, large_y)
         elif is_single and d.data.dtype == np.float32:
-            return handle_of(_fused_sums(x, y, d.data), d.dtype)
+            return handle_of(_fused_sums(x, y, numbers(d)), d.dtype)
         else:
             product = np.matmul(x.astype(total), y.astype(total))
         return handle_of(product + numbers(d).astype(total), d.dtype)

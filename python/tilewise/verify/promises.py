@@ -90,8 +90,10 @@ PROMISES: Sequence[Promise] = (
             ("sm_80", "HMMA", "*"),
             ("sm_90", "HGMMA", "_forward_kernel"),
             ("sm_90", "HGMMA", "_queries_backward_kernel"),
+            ("sm_90", "HGMMA", "_keys_backward_kernel"),
             ("sm_100", "UTCHMMA", "_forward_kernel"),
             ("sm_100", "UTCHMMA", "_queries_backward_kernel"),
+            ("sm_100", "UTCHMMA", "_keys_backward_kernel"),
             ("sm_120", "HMMA", "*"),
         )
     ),
