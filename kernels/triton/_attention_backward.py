@@ -47,7 +47,7 @@ def _add_queries(
 
     SPLIT: tl.constexpr = q.dtype == tl.float32
     p = probabilities(score, rules.factor, highest[:, None], share[:, None], SPLIT)
-    if drawn is not None:
+    if drawn.scale is not None:
         dp = tl.where(kept(drawn, seed, offset, row, first, KEYS), dp * drawn.scale, 0.0)
     if EXACT:
         exact += tl.sum(p * dp, 1)
@@ -156,7 +156,7 @@ def _add_keys(
 
     p = probabilities(score, rules.factor, highest[None, :], share[None, :], SPLIT)
     averaged = p
-    if drawn is not None:
+    if drawn.scale is not None:
         keep = tl.trans(kept(drawn, seed, offset, row + query, first_key, KEYS))
         dp = tl.where(keep, dp * drawn.scale, 0.0)
         averaged = tl.where(keep, p, 0.0)
@@ -217,7 +217,7 @@ def _keys_backward_kernel(
     inside = key < seq_k
     dk_ptr += batch * dk_strides[0] + kv_head * dk_strides[1]
     store_rows(dk_ptr, dk * scale, key, dk_strides[2], col, dim, inside)
-    if drawn is not None:
+    if drawn.scale is not None:
         dv *= drawn.scale
     dv_ptr += batch * dv_strides[0] + kv_head * dv_strides[1]
     store_rows(dv_ptr, dv, key, dv_strides[2], v_col, v_dim, inside)

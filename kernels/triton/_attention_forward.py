@@ -48,7 +48,7 @@ def _attend(
     p = tl.exp2(tl.fma(score, rules.factor, -base[:, None]))
     rescale = tl.exp2(highest - base)
     total = total * rescale + tl.sum(p, 1)
-    if drawn is not None:
+    if drawn.scale is not None:
         p = tl.where(kept(drawn, seed, offset, row, first, KEYS), p, 0.0)
     sums = tl.dot(p.to(v.dtype), v, sums * rescale[:, None], input_precision="ieee")
     return above, total, sums
@@ -98,7 +98,7 @@ def _forward_kernel(
 
     nothing = total == 0
     out = tl.where(nothing[:, None], 0.0, sums / tl.where(nothing, 1.0, total)[:, None])
-    if drawn is not None:
+    if drawn.scale is not None:
         out *= drawn.scale
     tl.store(highest_ptr + row, highest, mask=inside)
     tl.store(total_ptr + row, total, mask=inside)

@@ -25,12 +25,13 @@ class Rules(NamedTuple):
 
     Attributes:
         mask: Bytes, 0 where a key is hidden.
-        mask_strides: Of [batch, heads, queries, keys]; None for the queries of one that is the same
-            for all of them, a padding mask.
+        mask_batch, mask_head, mask_query, mask_key: Its strides; None for the queries of one that
+            is the same for all of them, a padding mask.
         bias: It.
-        bias_strides: None for queries or keys that it is the same for.
+        bias_batch, bias_head, bias_query, bias_key: Its strides; None for queries or keys that it
+            is the same for.
         slopes: Of ALiBi.
-        slope_strides: Of [batch, heads].
+        slope_batch, slope_head: Their strides.
         left: How many keys before its own place a query sees.
         right: And after it.
         softcap: The bound.
@@ -40,11 +41,18 @@ class Rules(NamedTuple):
     """
 
     mask: Any
-    mask_strides: Any
+    mask_batch: Any
+    mask_head: Any
+    mask_query: Any
+    mask_key: Any
     bias: Any
-    bias_strides: Any
+    bias_batch: Any
+    bias_head: Any
+    bias_query: Any
+    bias_key: Any
     slopes: Any
-    slope_strides: Any
+    slope_batch: Any
+    slope_head: Any
     left: Any
     right: Any
     softcap: Any
@@ -140,11 +148,11 @@ def at_head(rules, batch, head):
     """How far into mask and bias a head begins, and its slope; 0 of what is not there."""
     mask_at, bias_at, slope = 0, 0, 0.0
     if rules.mask is not None:
-        mask_at = batch * rules.mask_strides[0] + head * rules.mask_strides[1]
+        mask_at = batch * rules.mask_batch + head * rules.mask_head
     if rules.bias is not None:
-        bias_at = batch * rules.bias_strides[0] + head * rules.bias_strides[1]
+        bias_at = batch * rules.bias_batch + head * rules.bias_head
     if rules.slopes is not None:
-        place = batch * rules.slope_strides[0] + head * rules.slope_strides[1]
+        place = batch * rules.slope_batch + head * rules.slope_head
         slope = tl.load(rules.slopes + place)
     return mask_at, bias_at, slope
 
@@ -153,26 +161,26 @@ def at_head(rules, batch, head):
 def seen_keys(key, seq_k, rules, mask_at):
     """The keys there are and a padding mask leaves: the others are never read, as may be NaN."""
     seen = key < seq_k
-    if rules.mask is not None and rules.mask_strides[2] is None:
-        place = mask_at + tl.cast(key, tl.int64) * rules.mask_strides[3]
+    if rules.mask is not None and rules.mask_query is None:
+        place = mask_at + tl.cast(key, tl.int64) * rules.mask_key
         seen = tl.load(rules.mask + place, mask=seen, other=0) != 0
     return seen
 
 
 @triton.jit
-def _varying(ptr, strides, query, key, queries, keys):
+def _varying(ptr, query_stride, key_stride, query, key, queries, keys):
     """Of a bias or a mask, the elements of queries and keys that are there."""
-    if strides[2] is None:
-        if strides[3] is None:
+    if query_stride is None:
+        if key_stride is None:
             return tl.load(ptr)
         else:
-            return tl.load(ptr + tl.cast(key, tl.int64) * strides[3], mask=keys, other=0)
+            return tl.load(ptr + tl.cast(key, tl.int64) * key_stride, mask=keys, other=0)
     else:
-        ptr += tl.cast(query, tl.int64) * strides[2]
-        if strides[3] is None:
+        ptr += tl.cast(query, tl.int64) * query_stride
+        if key_stride is None:
             return tl.load(ptr, mask=queries, other=0)
         else:
-            ptr += tl.cast(key, tl.int64) * strides[3]
+            ptr += tl.cast(key, tl.int64) * key_stride
             return tl.load(ptr, mask=queries & keys, other=0)
 
 
@@ -188,7 +196,8 @@ def scored(product, query, key, queries, keys, shift, rules, bias_at, slope):
         score = product * rules.scale
     if rules.bias is not None:
         bias = rules.bias + bias_at
-        score += _varying(bias, rules.bias_strides, query, key, queries, keys).to(tl.float32)
+        added = _varying(bias, rules.bias_query, rules.bias_key, query, key, queries, keys)
+        score += added.to(tl.float32)
     if rules.slopes is not None:
         score -= slope * tl.abs(query + shift - key).to(tl.float32)
     return score, steep
@@ -202,24 +211,29 @@ def hide(score, query, key, queries, keys, shift, rules, mask_at):
         allowed = allowed & (key <= query + (shift + rules.right))
     if rules.left is not None:
         allowed = allowed & (key >= query + (shift - rules.left))
-    if rules.mask is not None and rules.mask_strides[2] is not None:
+    if rules.mask is not None and rules.mask_query is not None:
         mask = rules.mask + mask_at
-        flags = _varying(mask, rules.mask_strides, query, key, queries, keys)
+        flags = _varying(mask, rules.mask_query, rules.mask_key, query, key, queries, keys)
         allowed = allowed & (flags != 0)
     return tl.where(allowed, score, float("-inf"))
 
 
 @triton.jit
+def _number_of(ptr, number):
+    if ptr is None:
+        return tl.cast(number, tl.int64)
+    else:
+        return tl.load(ptr)
+
+
+@triton.jit
 def numbers_of(drawn):
     """Seed and offset, once for all tiles."""
-    if drawn is None:
-        return 0, 0
-    else:
-        seed = tl.cast(drawn.seed, tl.int64) if drawn.seeds is None else tl.load(drawn.seeds)
-        if drawn.offsets is None:
-            return seed, tl.cast(drawn.offset, tl.int64)
-        else:
-            return seed, tl.load(drawn.offsets)
+    seed, offset = 0, 0
+    if drawn.scale is not None:
+        seed = _number_of(drawn.seeds, drawn.seed)
+        offset = _number_of(drawn.offsets, drawn.offset)
+    return seed, offset
 
 
 @triton.jit
@@ -270,9 +284,9 @@ def rules_of(
     size, sign = abs(scale), None if scale > 0 else -1.0 if scale else 0.0
     added = softcap > 0 or bias is not None or slopes is not None
     rules = Rules(
-        None if mask is None else mask.view(torch.uint8), _varying_strides(mask, padding=True),
-        bias, _varying_strides(bias),
-        slopes, (0, 0) if slopes is None else slopes.stride(),
+        None if mask is None else mask.view(torch.uint8), *_varying_strides(mask, padding=True),
+        bias, *_varying_strides(bias),
+        slopes, *((None, None) if slopes is None else slopes.stride()),
         left if 0 <= left < seq_k - 1 else None, right if 0 <= right < seq_q - 1 else None,
         softcap or None, size / softcap if softcap else None, size if added else None,
         LOG2_E if added or not scale else size * LOG2_E,
@@ -280,11 +294,10 @@ def rules_of(
     return rules, sign
 
 
-def _varying_strides(
-    t: Tensor | None, padding: bool = False
-) -> tuple[int, int, int | None, int | None] | None:
+def _varying_strides(t: Tensor | None, padding: bool = False) -> tuple[int | None, ...]:
+    """Of batch and heads, 0 along what is broadcast; of queries and keys, None there."""
     if t is None:
-        return None
+        return (None,) * 4
     batch, heads, queries, keys = broadcast_strides(t)
     by_query, by_key = (size > 1 for size in t.shape[2:])
     one_row = padding and not by_query
@@ -293,6 +306,8 @@ def _varying_strides(
 
 def drawn_by(
     dropout_p: float, seeds: Tensor | None, offsets: Tensor | None, seed: int, offset: int
-) -> Drawn | None:
-    """None without dropout; seeds and offsets have one element."""
-    return Drawn(*draw(dropout_p, seeds, offsets, seed, offset)[0]) if dropout_p > 0 else None
+) -> Drawn:
+    """All None without dropout; seeds and offsets have one element."""
+    if dropout_p == 0:
+        return Drawn(*[None] * 6)
+    return Drawn(*draw(dropout_p, seeds, offsets, seed, offset)[0])

@@ -55,7 +55,7 @@ def _scores_gradient(
     )
     score = hide(score, query[:, None], key[None, :], queries, keys, shift, rules, mask_at)
     p = probabilities(score, rules.factor, highest[:, None], share[:, None], SPLIT)
-    if drawn is not None:
+    if drawn.scale is not None:
         keep = kept(drawn, seed, offset, row + query, first_key, KEYS)
         dp = tl.where(keep, dp * drawn.scale, 0.0)
     return p * (dp - delta[:, None])

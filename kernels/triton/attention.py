@@ -77,12 +77,12 @@ SEARCH_SPACE = {
 }  # fmt: skip
 
 
-def _kept(q: Tensor, k: Tensor, v: Tensor, rules: Rules, drawn: Drawn | None) -> int:
+def _kept(q: Tensor, k: Tensor, v: Tensor, rules: Rules, drawn: Drawn) -> int:
     """How much a program keeps beside the products, from 0 to 2: one more where scores are made of
     slopes and a softcap, or of what is loaded or drawn for each, and where rows are not made of
     16 bytes."""
-    full_mask = rules.mask is not None and rules.mask_strides[2] is not None
-    loaded = rules.bias is not None or drawn is not None or full_mask
+    full_mask = rules.mask is not None and rules.mask_query is not None
+    loaded = rules.bias is not None or drawn.scale is not None or full_mask
     many = loaded or (rules.slopes is not None and rules.softcap is not None)
     grain = 16 // q.itemsize
     odd = any(n % grain for t in (q, k, v) for n in (t.shape[3], *t.stride()[:3]))
@@ -188,7 +188,7 @@ def _summed(sums: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _bias_backward(
     bias: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, statistics: tuple[Tensor, ...],
-    rules: Rules, drawn: Drawn | None, sign: float | None,
+    rules: Rules, drawn: Drawn, sign: float | None,
 ) -> Tensor:  # fmt: skip
     """dbias, laid out in one piece."""
     (batch, heads, seq_q, _), seq_k = q.shape, k.shape[2]
