@@ -266,10 +266,15 @@ def emulated():
         pytest.skip(f"cuda: {reason}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "op", [op for op in OPS.values() if "cuda" in op.backends], ids=lambda op: op.name
-)
+IN_CUDA = [
+    pytest.param(op, dtype, id=f"{op.name}-{dtype}")
+    for op in OPS.values()
+    if "cuda" in op.backends
+    for dtype in sorted(op.backends["cuda"].dtypes, key=str)
+]
+
+
+@pytest.mark.parametrize("op, dtype", IN_CUDA)
 def test_bits_do_not_depend_on_the_order(monkeypatch, op, dtype):
     emulated()
 
