@@ -127,6 +127,7 @@ int main(int count, char** words) {
   using namespace tilewise::selftest;
   const std::map<std::string, void (*)()> ops{
       {"attention", attention},
+      {"attention_decode", attention_decode},
       {"cross_entropy", cross_entropy},
       {"dropout_add", dropout_add},
       {"embed", embed},

@@ -50,6 +50,7 @@ void report(const std::string& name, const std::function<Run()>& run, const Refe
 void must_refuse(const std::string& name, cudaError_t status);
 
 void attention();
+void attention_decode();
 void cross_entropy();
 void dropout_add();
 void embed();

@@ -111,3 +111,62 @@ def attention_backward(
     grads = zip((dq, dk, dv), (want_dq, want_dk, want_dv), strict=True)
     grads = (t if wanted else None for t, wanted in grads)
     return tuple(q.new_empty(0) if t is None else t for t in (*grads, dbias, dsinks))
+
+
+# --- Decoding, from a cache.
+
+
+def _cache_of(cache: Tensor, block_table: Tensor | None) -> tuple[int, int, int]:
+    """Of a sequence how much room it has; size and number of pages, or without any of sequences."""
+    if block_table is None:
+        return cache.shape[2], cache.shape[2], cache.shape[0]
+    return block_table.shape[1] * cache.shape[1], cache.shape[1], cache.shape[0]
+
+
+def _by_position(cache: Tensor, block_table: Tensor | None) -> tuple[int, int, int]:
+    """Strides of [batch or page, head, position], where any will do 0."""
+    batch, head, position, _ = broadcast_strides(cache)
+    return (batch, head, position) if block_table is None else (batch, position, head)
+
+
+def attention_decode_forward(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, block_table: Tensor | None,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, left: int, softcap: float, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q [batch, heads, q_len, dim], caches [batch, kv_heads, capacity, dim or v_dim] or, of pages,
+    [pages, page_size, kv_heads, dim or v_dim], seq_lens [batch], block_table [batch, max_pages],
+    slopes [batch, heads], sinks [heads] -> out [batch, heads, q_len, v_dim] laid out as q, lse
+    [batch, heads, q_len]."""
+    (batch, heads, seq_q, dim), v_dim = q.shape, v_cache.shape[3]
+    cache = _cache_of(k_cache, block_table)
+    out = _laid_out(q, v_dim)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    work = lse.new_empty(lse.numel() * -(-cache[0] // _cuda.decode_split) * (2 + v_dim))
+    tensors = out, lse, work, q, k_cache, v_cache, seq_lens, block_table, alibi_slopes, sinks
+    _cuda.attention_decode_forward(
+        *map(address, tensors),
+        batch, heads, k_cache.shape[1 if block_table is None else 2], seq_q, dim, v_dim, *cache,
+        *_rows(out, q), *(n for t in (k_cache, v_cache) for n in _by_position(t, block_table)),
+        0 if block_table is None else block_table.stride(0),
+        *((0, 0) if alibi_slopes is None else alibi_slopes.stride()), left, softcap, scale,
+        *(DTYPES[(q if t is None else t).dtype] for t in (q, sinks)), stream(q),
+    )  # fmt: skip
+    return out, lse
+
+
+def append_kv_(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, seq_lens_before: Tensor,
+    block_table: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool,
+) -> None:  # fmt: skip
+    """Caches as in `attention_decode_forward`, k, v [batch, kv_heads, new, dim or v_dim],
+    seq_lens_before [batch], tables [positions, half], written to the caches."""
+    positions, half = (0, 0) if cos is None else cos.shape
+    tensors = k_cache, v_cache, k, v, seq_lens_before, block_table, cos, sin
+    _cuda.attention_append(
+        *map(address, tensors), *k.shape, v.shape[3], half, positions,
+        *_cache_of(k_cache, block_table),
+        *(n for t in (k_cache, v_cache) for n in _by_position(t, block_table)), *_rows(k, v),
+        0 if block_table is None else block_table.stride(0),
+        *(0 if t is None else t.stride(0) for t in (cos, sin)), interleaved,
+        *(DTYPES[(k if t is None else t).dtype] for t in (k, cos)), stream(k),
+    )  # fmt: skip

@@ -136,16 +136,6 @@ bool is_scored(const Attention<T>& a) {
   return asked || o.dropout.threshold != 0 || !(a.scale > 0.f) || !a.wide;
 }
 
-// Call body with the C++ type of dtype: there are no kernels for fp32.
-template <typename Body>
-cudaError_t for_half(DType dtype, Body body) {
-  switch (dtype) {
-    case DType::f16: return body(Type<__half>{});
-    case DType::bf16: return body(Type<__nv_bfloat16>{});
-    default: return cudaErrorInvalidValue;
-  }
-}
-
 // Call body with the width that heads are padded to, and with `scored`, as constants.
 template <typename Body>
 cudaError_t for_width(const Sizes& size, bool scored, Body body) {

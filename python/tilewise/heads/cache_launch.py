@@ -1,15 +1,23 @@
 """Decoding and appending as torch ops, and behind their front doors."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tilewise.choice import choose
-from tilewise.heads.cache import append_reference_, check_append, check_decode, decoded
+from tilewise.heads.cache import (
+    append_reference_,
+    capacity_of,
+    check_append,
+    check_decode,
+    decoded,
+)
 from tilewise.heads.formula import Window, limits, scale_of
 from tilewise.heads.layout import in_rows, lowered, same_layout
 from tilewise.op import (
+    HALVES,
     Op,
     autocast_dtype,
     backends_of,
@@ -20,7 +28,34 @@ from tilewise.op import (
 )
 from tilewise.rotation import side_by_side
 
-CACHE_BACKENDS = backends_of("attention", numba=takes_all)
+
+def _within(widest: int, longest: int) -> Callable[..., str | None]:
+    """The `refuses` of a backend whose heads are at most so wide, and whose caches so long."""
+
+    def refuses(
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *rest: Any,
+        block_table: Tensor | None = None,
+        **options: Any,
+    ) -> str | None:
+        wide, room = max(q.shape[-1], v_cache.shape[-1]), capacity_of(k_cache, block_table)
+        if wide > widest:
+            return f"takes heads up to {widest} wide, got {wide}"
+        if room > longest:
+            return f"takes caches of up to {longest} tokens, got {room}"
+        return None
+
+    return refuses
+
+
+CACHE_BACKENDS = backends_of(
+    "attention",
+    cuda=_within(256, 2**29),  # a row of sums in registers; positions are ints
+    cuda_dtypes=HALVES,  # what tensor cores take
+    numba=takes_all,
+)
 
 # The rows of caches lie in one piece; lengths and the table are int32, contiguous. Without a table
 # caches are [batch, kv_heads, capacity, dim], with one [pages, page_size, kv_heads, dim]. Slopes
