@@ -20,12 +20,14 @@ struct Case {
   int64_t batch() const { return static_cast<int64_t>(lengths.size()); }
   int64_t queries() const { return batch() * heads * seq; }
   int64_t half() const { return dim / 4; }  // pairs that are turned
-  int64_t positions() const { return capacity - 3; }
+  // Those that the tables have: not of the last token of the longest.
+  int64_t positions() const { return *std::max_element(lengths.begin(), lengths.end()) - 1; }
   float scale() const { return (all ? -1.25f : 1.25f) / std::sqrt(static_cast<float>(dim)); }
   float softcap() const { return all ? 2.5f : 0.f; }
 };
 
 const Case kCases[]{
+    {{9, 2}, 2, 1, 2, 16, 16, 20, 4, kNone, false, 0},
     {{70, 3}, 2, 1, 1, 64, 64, 75, 0, kNone, false, 0},
     {{300, 0, 257}, 6, 2, 3, 32, 24, 310, 0, kNone, false, 8},  // a split of one key
     {{600, 5}, 2, 1, 16, 128, 128, 640, 16, kNone, false, 0},   // two tiles of rows
@@ -111,10 +113,10 @@ class Formula {
     std::vector<Real> s;
     Real highest = sink;
     for (int64_t key = begin; key <= own; ++key) {
-      Real score = Real(c_.scale()) * total<Real>(0, static_cast<size_t>(c_.dim), [&](size_t i) {
-                     return Real(in_[kQ][row * c_.dim + i]) *
-                            Real(in_[kK][(first + key) * c_.dim + i]);
-                   });
+      Real score =
+          Real(c_.scale()) * total<Real>(0, static_cast<size_t>(c_.dim), [&](size_t i) {
+            return Real(in_[kQ][row * c_.dim + i]) * Real(in_[kK][(first + key) * c_.dim + i]);
+          });
       if (c_.all) {
         score = Real(c_.softcap()) * std::tanh(score / Real(c_.softcap())) -
                 static_cast<Real>(in_[kSlopes][head]) * static_cast<Real>(own - key);
@@ -129,8 +131,7 @@ class Formula {
     for (int64_t j = 0; j < c_.v_dim; ++j) {
       out_[row * c_.v_dim + j] = total<Real>(0, s.size(), [&](size_t i) {
         const Real p = s[i] / sum;
-        const Real weight =
-            rounding_ == DType::f32 ? p : static_cast<Real>(rounded(rounding_, p));
+        const Real weight = rounding_ == DType::f32 ? p : static_cast<Real>(rounded(rounding_, p));
         return weight * Real(in_[kV][(first + begin + i) * c_.v_dim + j]);
       });
     }
@@ -201,8 +202,8 @@ Run run(const Case& c, const std::vector<Values>& inputs, DType dtype) {
                          table.at<int32_t>(), cos.at(), sin.at(), c.batch(), c.kv_heads, c.seq,
                          c.dim, c.v_dim, c.half(), c.positions()),
          room, rows.strides(c.dim), rows.strides(c.v_dim), strides(c.kv_heads, c.dim),
-         strides(c.kv_heads, c.v_dim), std::make_tuple(rows.most(), c.half(), c.half(), true, dtype,
-                                                       DType::f32, nullptr));
+         strides(c.kv_heads, c.v_dim),
+         std::make_tuple(rows.most(), c.half(), c.half(), true, dtype, DType::f32, nullptr));
   Run run;
   keep(run, "out", dtype, c.v_dim, out);
   keep(run, "lse", DType::f32, 1, lse);

@@ -66,10 +66,10 @@ cudaError_t launch_append(const Append<T, C>& a, bool interleaved, cudaStream_t 
       addresses(k.cache, v.cache, k.from, v.from, a.cos, a.sin), k.half, k.rest, v.rest,
       k.into.batch, k.into.head, k.into.seq, v.into.batch, v.into.head, v.into.seq, k.of.batch,
       k.of.head, k.of.seq, v.of.batch, v.of.head, v.of.seq, a.cos_stride, a.sin_stride);
-  const auto kernel = wide ? interleaved ? append_kernel<kWide, true, T, C>
-                                         : append_kernel<kWide, false, T, C>
-                      : interleaved ? append_kernel<1, true, T, C>
-                                    : append_kernel<1, false, T, C>;
+  const auto kernel =
+      wide ? interleaved ? append_kernel<kWide, true, T, C> : append_kernel<kWide, false, T, C>
+      : interleaved ? append_kernel<1, true, T, C>
+                    : append_kernel<1, false, T, C>;
   const dim3 threads = lanes_for(k.half, std::max(k.rest, v.rest), wide ? kWide : 1);
   const int64_t rows = 2 * a.batch * a.seq * a.heads;
   return launch(kernel, (rows + threads.y - 1) / threads.y, threads, 0, stream, a);

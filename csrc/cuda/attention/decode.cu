@@ -50,7 +50,7 @@ struct Item {
 // for a row of zeros. A barrier after copy_async_wait makes them seen.
 template <bool kWide, typename T, int kDim, typename Locate>
 __device__ void gather_each(Tile<T, kRows, kDim>& to, const T* other, int cols, int thread,
-                           int threads, Locate locate) {
+                            int threads, Locate locate) {
   constexpr int kWidth = kWide ? kVector<T> : 1, kAccesses = kDim / kWidth;
 #pragma unroll(kWide ? 16 : 1)
   for (int i = thread; i < kRows * kAccesses; i += threads) {
@@ -67,13 +67,24 @@ __device__ void gather_each(Tile<T, kRows, kDim>& to, const T* other, int cols, 
 }
 
 template <typename T, int kDim, typename Locate>
-__device__ void gather(Tile<T, kRows, kDim>& to, const T* other, int cols, bool wide,
-                           int thread, int threads, Locate locate) {
+__device__ void gather(Tile<T, kRows, kDim>& to, const T* other, int cols, bool wide, int thread,
+                       int threads, Locate locate) {
   if (wide) {
     gather_each<true>(to, other, cols, thread, threads, locate);
   } else {
     gather_each<false>(to, other, cols, thread, threads, locate);
   }
+}
+
+template <typename T, int kDim>
+__device__ void fetch_queries(Tile<T, kRows, kDim>& to, const Decode<T>& d, const Item& item) {
+  const int group = d.group(), rows = group * d.seq_q;
+  gather(to, d.q.at, d.dim, d.wide, threadIdx.x, Shape<kDim>::kThreads, [&](int row) -> const T* {
+    const int r = item.row0 + row;
+    if (r >= rows) return nullptr;
+    return d.q.of(item.batch, item.kv_head * group + r / d.seq_q) + r % d.seq_q * d.q.row;
+  });
+  copy_async_commit();
 }
 
 // What a warp does: its keys, for all rows of the block.
@@ -241,22 +252,16 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads)
       const int64_t page = keys ? d.k.batch : d.v.batch, token = keys ? d.k.row : d.v.row;
       const Slot* slots = shared.slots + at(n);
       gather(ring[n % kTiles], head, keys ? d.dim : d.v_dim, d.wide, work.lane, kWarpSize,
-                 [&](int row) -> const T* {
-                   const Slot slot = slots[row];
-                   if (slot.page < 0) return nullptr;
-                   return head + slot.page * page + slot.token * token;
-                 });
+             [&](int row) -> const T* {
+               const Slot slot = slots[row];
+               if (slot.page < 0) return nullptr;
+               return head + slot.page * page + slot.token * token;
+             });
     }
     copy_async_commit();
   };
 
-  const int group = d.group(), rows = group * d.seq_q - item.row0;
-  gather(shared.q, d.q.at, d.dim, d.wide, threadIdx.x, kThreads, [&](int row) -> const T* {
-    const int r = item.row0 + row;
-    if (row >= rows) return nullptr;
-    return d.q.of(item.batch, item.kv_head * group + r / d.seq_q) + r % d.seq_q * d.q.row;
-  });
-  copy_async_commit();
+  fetch_queries(shared.q, d, item);
   __syncthreads();  // the slots are there
 #pragma unroll 1
   for (int n = 0; n < kTiles - 1; ++n) stream(n);
