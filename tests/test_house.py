@@ -34,6 +34,7 @@ FLOORS = [
     {"rotation"},
     {"lookup"},
     {"choice"},
+    {"recording"},
     {"plan"},
     {"norm", "heads"},
     {"ops"},

@@ -177,7 +177,7 @@ def test_what_is_preferred_counts():
         tilewise.gelu(x, backend="abacus")
 
 
-def test_a_gradient_a_transform_and_autocast_have_none():
+def test_a_transform_and_autocast_have_none():
     x = torch.randn(4, 8)
     by_plan(tilewise.softmax, x)
     leaf = x.clone().requires_grad_()

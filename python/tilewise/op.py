@@ -217,6 +217,8 @@ def _straight(
         if torch.compiler.is_compiling() or (is_observed() and args[-1] != straight.backend):
             return op(*args)
         kinds = tuple(map(type, args))
+        if is_batched(args[0]):
+            return op(*args)
         if kinds not in plain:
             if not all(map(_is_plain, kinds, op._schema.arguments)):
                 return op(*args)
@@ -230,6 +232,11 @@ def _count_write(x: Tensor) -> None:
     """So that autograd sees when what it has saved is written over; it counts its own ops only."""
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)
+
+
+def is_batched(x: Tensor | None) -> bool:
+    """Whether it is many at once, as `torch.autograd.grad` with `is_grads_batched` hands down."""
+    return x is not None and torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def is_observed() -> bool:

@@ -12,37 +12,41 @@ and 14.1, torch's 2.8; with cold caches rms_norm takes 48, 160, 74; one thread o
 It is gone through twice, with other tensors: a number that a kernel is given is an address where
 it differs, and the tensor it belongs to must then be the same both times. What does anything else
 than allocate, view and launch kernels of the CPU has no plan, and runs as written.
+
+Where a gradient is wanted the plan has two parts, of the call and of its backward, with one
+`autograd.Function` around both. What the backward needs is saved, and the arguments.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from functools import wraps
-from importlib import import_module
+from itertools import count
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tilewise.choice import preference
-from tilewise.op import is_observed, straight, transforming
+from tilewise.op import is_batched, is_observed, transforming
+from tilewise.recording import Record, Unrecorded, has_saved_tensor_hooks, record_call
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 Plan = Callable[..., Any]
+Strides = tuple[tuple[int, ...] | None, ...]
 
 KEPT = 4096  # plans, and calls seen once, of a function, before it begins anew
 SCRATCH_BYTES = 1 << 16  # up to this, what a plan only writes to is kept, one a thread
+SAVED_BYTES = 1 << 16  # up to this, arguments are saved that only a second derivative needs
 
 _NUMBERS = frozenset({int, float, bool, str, type(None)})
 
 
 def planned(function: Callable[P, R]) -> Callable[P, R]:
-    """Let `function`, the public one of an op, be called by plan where no gradient is wanted."""
+    """Let `function`, the public one of an op, be called by plan."""
     plans: dict[tuple[Any, ...], Plan | None] = {}
     seen: set[tuple[Any, ...]] = set()
 
@@ -57,17 +61,21 @@ def planned(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **options)
         given: Any = (*args, *options.values()) if options else args
         key = [preference.names, preference.strict, len(args), *options]
-        graded = torch.is_grad_enabled()
+        graded, saves = torch.is_grad_enabled(), False
         for x in given:
             kind = type(x)
             if kind is Tensor or kind is Parameter:
-                if not x.is_cpu or (graded and x.requires_grad):
+                if not x.is_cpu:
                     return function(*args, **options)
-                key += x.dtype, x.shape, x.stride()
+                wanted = graded and x.requires_grad
+                saves |= wanted
+                key += x.dtype, x.shape, x.stride(), wanted
             elif kind in _NUMBERS or (kind is tuple and all(type(n) in _NUMBERS for n in x)):
                 key.append(x)
             else:
                 return function(*args, **options)
+        if saves and has_saved_tensor_hooks():
+            return function(*args, **options)
         name = tuple(key)
         plan = plans.get(name)
         if plan is not None:
@@ -75,7 +83,7 @@ def planned(function: Callable[P, R]) -> Callable[P, R]:
         if name not in plans:
             if name in seen:
                 _make_room(plans)
-                plans[name] = _plan_of(function, args, options)
+                plans[name] = _plan_of(function, args, options, saves)
             else:
                 _make_room(seen)
                 seen.add(name)
@@ -90,136 +98,124 @@ def _make_room(kept: Any) -> None:
         kept.clear()
 
 
-# --- Going through a function, and writing down what it does.
-
-
-class _HasNoPlan(Exception):
-    pass
-
-
-@dataclass
-class _Record(TorchDispatchMode):
-    """What a function does: tensors by number, those it is given first; launches; its results."""
-
-    given: int = 0
-    tensors: list[Tensor] = field(default_factory=list)
-    launches: list[tuple[Any, ...]] = field(default_factory=list)
-    results: Any = None
-
-    def __post_init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(
-        self, op: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        allocates = op.overloadpacket in _ALLOCATIONS
-        if not (allocates or _is_view(op)):
-            raise _HasNoPlan(op)
-        out = op(*args, **(kwargs or {}))
-        if allocates:
-            self.tensors.append(out)
-        return out
-
-    def owner(self, address: int) -> tuple[int, int]:
-        """Which tensor's memory it is in, and how far from the beginning."""
-        for number, x in enumerate(self.tensors):
-            start = x.untyped_storage().data_ptr()
-            if start <= address < start + x.untyped_storage().nbytes():
-                return number, address - x.data_ptr()
-        raise _HasNoPlan
-
-
-_ATEN = torch.ops.aten
-_ALLOCATIONS = frozenset(
-    {_ATEN.empty, _ATEN.empty_like, _ATEN.new_empty, _ATEN.empty_strided, _ATEN.new_empty_strided,
-     _ATEN.empty_permuted}
-)  # fmt: skip
-
-
-def _is_view(op: Any) -> bool:
-    """Whether all that it returns is memory of its arguments, which it does not write to."""
-    returned = [r.alias_info for r in op._schema.returns]
-    return bool(returned) and all(a is not None and not a.is_write for a in returned)
-
-
-@contextmanager
-def _recorded(launches: list[tuple[Any, ...]]) -> Iterator[None]:
-    """Note down the launches of Numba's kernels, and let other backends' be seen by the mode."""
-    recording = import_module("tilewise.kernels.numba._parallel").RECORDING
-    recording.launches, straight.backend = launches, "numba"
+def _plan_of(
+    function: Callable[..., Any], args: Sequence[Any], options: dict[str, Any], saves: bool
+) -> Plan | None:
     try:
-        yield
-    finally:
-        recording.launches, straight.backend = None, None
-
-
-def _record(function: Callable[..., Any], args: Sequence[Any], options: dict[str, Any]) -> _Record:
-    """Go through `function` with new tensors in the place of its own."""
-
-    def stand_in(argument: Any) -> Any:
-        if not isinstance(argument, Tensor):
-            return argument
-        record.tensors.append(
-            torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype)
-        )
-        return record.tensors[-1]
-
-    record = _Record()
-    args, options = [stand_in(a) for a in args], {n: stand_in(a) for n, a in options.items()}
-    record.given = len(record.tensors)
-    with _recorded(record.launches), record:
-        record.results = function(*args, **options)
-    return record
+        if saves:
+            return _Differentiated(function, args, options).plan()
+        first, second = (record_call(function, args, options) for _ in range(2))
+        source, returned = _forward(first, second)
+        source.lines.append(f"return {source.listed(returned, first.several)}")
+        return source.function(_parameters([*args, *options.values()]))
+    except Unrecorded:
+        return None
 
 
 # --- From two records to a plan.
 
 
-def _plan_of(
-    function: Callable[..., Any], args: Sequence[Any], options: dict[str, Any]
-) -> Plan | None:
-    try:
-        first, second = (_record(function, args, options) for _ in range(2))
-        return _plan(first, second, [*args, *options.values()])
-    except _HasNoPlan:
-        return None
+def _forward(
+    first: Record, second: Record, kept: AbstractSet[int] = frozenset()
+) -> tuple["_Source", list[int | None]]:
+    """What is done of a call without its backward, and the numbers of its results."""
+    tensors, launches = first.forward
+    source = _Source(first, second, range(first.given, tensors), range(launches), kept)
+    return source, source.go_through(first.results)
 
 
-def _plan(first: _Record, second: _Record, arguments: Sequence[Any]) -> Plan:
-    """What both have in common, as a function of the arguments: it is written as Python would be
-    written by hand, 1.9 us instead of 3.8 for a loop over what there is to do."""
-    if len(first.launches) != len(second.launches) or not first.launches:
-        raise _HasNoPlan
-    several = isinstance(first.results, tuple)
-    results = first.results if several else (first.results,)
-    made = first.tensors[first.given :]
-    returned = [_place(y, made) for y in results]
-    given = [f"x{i}" for i, argument in enumerate(arguments) if isinstance(argument, Tensor)]
-    names = [*given, *(f"y{i}" for i in range(len(made)))]
-    scope: dict[str, Any] = {"empty": torch.empty_strided, "scratch": _Scratch()}
+def _backward(first: Record, second: Record) -> tuple["_Source", list[int | None]]:
+    """What is done of its backward, and the numbers of the gradients."""
+    tensors, launches = first.forward
+    source = _Source(
+        first, second, range(tensors + first.came, len(first.tensors)),
+        range(launches, len(first.launches)),
+    )  # fmt: skip
+    return source, source.go_through(first.gradients)
 
-    body = []
-    for i, x in enumerate(made):
-        like = results[returned.index(i)] if i in returned else x
-        scope[f"dtype{i}"] = x.dtype
-        new = f"empty({tuple(like.shape)}, {like.stride()}, dtype=dtype{i})"
-        if i not in returned and x.nbytes <= SCRATCH_BYTES:
-            body.append(f"y{i} = scratch.get({i})")
-            body.append(f"if y{i} is None: y{i} = scratch[{i}] = {new}")
-        else:
-            body.append(f"y{i} = {new}")
-    for i, (one, other) in enumerate(zip(first.launches, second.launches, strict=True)):
-        kernel, tasks, elements, arguments_of = one
-        if one[:3] != other[:3]:
-            raise _HasNoPlan
-        written = _written(arguments_of, other[3], first, second, names, scope)
-        scope[f"launch{i}"], *leading = kernel.launcher(tasks, elements, arguments_of)
-        body.append(f"launch{i}(" + ", ".join([*map(str, leading), written]) + ")")
-    body.append("return " + ", ".join(f"y{i}" for i in returned) + ("," if several else ""))
-    parameters = ", ".join(f"x{i}" for i in range(len(arguments)))
-    source = f"def plan({parameters}):\n" + "".join(f"    {line}\n" for line in body)
-    exec(source, scope)
-    return cast(Plan, scope["plan"])
+
+def _parameters(arguments: Sequence[Any]) -> list[str]:
+    """Names of arguments, those of tensors as they are numbered."""
+    numbers = count()
+    return [
+        f"x{next(numbers)}" if isinstance(argument, Tensor) else f"option{i}"
+        for i, argument in enumerate(arguments)
+    ]
+
+
+class _Source:
+    """A plan as Python would be written by hand, 1.9 us instead of 3.8 for a loop over what there
+    is to do: of the tensors and launches that lie in `tensors` and `launches`."""
+
+    def __init__(
+        self,
+        first: Record,
+        second: Record,
+        tensors: range,
+        launches: range,
+        kept: AbstractSet[int] = frozenset(),
+    ) -> None:
+        if len(first.launches) != len(second.launches) or not launches:
+            raise Unrecorded
+        self.first, self.second, self.kept = first, second, kept
+        self.tensors, self.launches = tensors, launches
+        self.scope: dict[str, Any] = {"empty": torch.empty_strided, "scratch": _Scratch()}
+        self.lines: list[str] = []
+        self.used: set[int] = set()  # tensors whose addresses kernels are given
+
+    def go_through(self, results: Sequence[Tensor | None]) -> list[int | None]:
+        """Allocate and launch; the numbers of the results."""
+        returned = [None if y is None else self.first.place(y, self.tensors.start) for y in results]
+        shaped: dict[int, Tensor] = {}
+        for number, y in zip(returned, results, strict=True):
+            if number is not None and y is not None:
+                like = shaped.setdefault(number, y)
+                if (like.shape, like.stride()) != (y.shape, y.stride()):
+                    raise Unrecorded
+        for i in self.tensors:
+            x = shaped.get(i, self.first.tensors[i])
+            self.scope[f"dtype{i}"] = x.dtype
+            new = f"empty({tuple(x.shape)}, {x.stride()}, dtype=dtype{i})"
+            if i in shaped or i in self.kept or x.nbytes > SCRATCH_BYTES:
+                self.lines.append(f"x{i} = {new}")
+            else:
+                self.lines.append(f"x{i} = scratch.get({i})")
+                self.lines.append(f"if x{i} is None: x{i} = scratch[{i}] = {new}")
+        for i in self.launches:
+            kernel, tasks, elements, arguments = self.first.launches[i]
+            if self.first.launches[i][:3] != self.second.launches[i][:3]:
+                raise Unrecorded
+            written = self._written(arguments, self.second.launches[i][3])
+            self.scope[f"launch{i}"], *leading = kernel.launcher(tasks, elements, arguments)
+            self.lines.append(f"launch{i}(" + ", ".join([*map(str, leading), written]) + ")")
+        return returned
+
+    def listed(self, numbers: Sequence[int | None], several: bool = True) -> str:
+        names = ("None" if i is None else f"x{i}" for i in numbers)
+        return ", ".join(names) + ("," if several else "")
+
+    def function(self, parameters: Sequence[str]) -> Plan:
+        head = f"def plan({', '.join(parameters)}):\n"
+        exec(head + "".join(f"    {line}\n" for line in self.lines), self.scope)
+        return cast(Plan, self.scope["plan"])
+
+    def _written(self, one: Any, other: Any) -> str:
+        """An argument of a launch as source: an address as that of the tensor it belongs to."""
+        if type(one) is not type(other):
+            raise Unrecorded
+        if isinstance(one, tuple):
+            items = zip(one, other, strict=True)
+            return "".join(["(", *(self._written(*pair) + ", " for pair in items), ")"])
+        if one == other or one != one:  # NaN
+            name = f"constant{len(self.scope)}"
+            self.scope[name] = one
+            return repr(one) if type(one) in (int, bool, type(None)) else name
+        number, shift = self.first.owner(one)
+        if (number, shift) != self.second.owner(other):
+            raise Unrecorded
+        self.used.add(number)
+        address = f"x{number}.data_ptr()"
+        return f"{address} + {shift}" if shift else address
 
 
 class _Scratch(threading.local):
@@ -233,32 +229,115 @@ class _Scratch(threading.local):
         self.kept[i] = x
 
 
-def _place(result: Any, made: Sequence[Tensor]) -> int:
-    """Which of the tensors that were made is returned, whole, in whatever shape."""
-    for i, x in enumerate(made):
-        if not isinstance(result, Tensor) or result.data_ptr() != x.data_ptr():
-            continue
-        if result.nbytes == x.nbytes == x.untyped_storage().nbytes():
-            return i
-    raise _HasNoPlan
+# --- With a gradient.
 
 
-def _written(
-    one: Any, other: Any, first: _Record, second: _Record, names: list[str], scope: dict[str, Any]
-) -> str:
-    """An argument of a launch as source: an address as that of the tensor it belongs to."""
-    if type(one) is not type(other):
-        raise _HasNoPlan
-    if isinstance(one, tuple):
-        items = zip(one, other, strict=True)
-        return "".join(
-            ["(", *(_written(a, b, first, second, names, scope) + ", " for a, b in items), ")"]
+class _Differentiated:
+    """The plan of a call whose gradient is wanted, and the plans of its backward, one for each way
+    in which gradients come in: how they are strided, and None where there is none."""
+
+    def __init__(
+        self, function: Callable[..., Any], args: Sequence[Any], options: dict[str, Any]
+    ) -> None:
+        self.function, self.positional, self.names = function, len(args), list(options)
+        arguments = [*args, *options.values()]
+        self.parameters = _parameters(arguments)
+        self.options = [None if isinstance(x, Tensor) else x for x in arguments]
+        first, second = self.records([x for x in arguments if isinstance(x, Tensor)], ())
+        self.given = range(first.given)
+        needed = _backward(first, second)[0].used
+        unneeded = {*self.given} - needed
+        if sum(first.tensors[i].nbytes for i in unneeded) > SAVED_BYTES:
+            raise Unrecorded
+        self.saved = sorted({*self.given} | (needed & {*range(first.forward[0])}))
+        self.layouts = [(y.shape, y.stride(), y.dtype) for y in first.results]
+        self.usual = self._backward_plan(first, second)
+        self.backwards: dict[Strides, Plan | None] = {}
+        forward, results = _forward(first, second, {*self.saved})
+        forward.lines.append(f"ctx.save_for_backward({forward.listed(self.saved)})")
+        if first.several:
+            forward.lines.append("ctx.set_materialize_grads(False)")
+        forward.lines.append(f"return {forward.listed(results, first.several)}")
+        self.forward = forward.function(["ctx", *(f"x{i}" for i in self.given)])
+
+    def plan(self) -> Plan:
+        members = {"forward": staticmethod(self.forward), "backward": staticmethod(self.backward)}
+        around: Any = type("Planned", (torch.autograd.Function,), members)
+        scope = {"apply": around.apply}
+        tensors = ", ".join(f"x{i}" for i in self.given)
+        exec(f"def plan({', '.join(self.parameters)}): return apply({tensors})", scope)
+        return cast(Plan, scope["plan"])
+
+    def backward(self, ctx: Any, *incoming: Tensor | None) -> Any:
+        tensors = ctx.saved_tensors
+        if (
+            torch.is_grad_enabled()
+            or is_observed()
+            or transforming()
+            or any(map(is_batched, incoming))
+        ):
+            return self._as_written(tensors[: len(self.given)], incoming)
+        came = tuple(None if dy is None else dy.stride() for dy in incoming)
+        plan = self.backwards.get(came)
+        if plan is None:
+            if came not in self.backwards:
+                _make_room(self.backwards)
+                self.backwards[came] = self._backward_plan_of(tensors, came)
+            plan = self.backwards[came]
+            if plan is None:
+                plan, incoming = self.usual, self._laid_out(incoming)
+        return plan(*tensors, *(dy for dy in incoming if dy is not None))
+
+    def _call(self, tensors: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments and options, with these tensors."""
+        following = iter(tensors)
+        values = [
+            next(following) if name.startswith("x") else option
+            for name, option in zip(self.parameters, self.options, strict=True)
+        ]
+        return values[: self.positional], dict(
+            zip(self.names, values[self.positional :], strict=True)
         )
-    if one == other or one != one:  # NaN
-        name = f"constant{len(scope)}"
-        scope[name] = one
-        return repr(one) if type(one) in (int, bool, type(None)) else name
-    number, shift = first.owner(one)
-    if (number, shift) != second.owner(other):
-        raise _HasNoPlan
-    return f"{names[number]}.data_ptr() + {shift}" if shift else f"{names[number]}.data_ptr()"
+
+    def records(self, tensors: Sequence[Tensor], came: Strides) -> tuple[Record, Record]:
+        args, options = self._call(tensors)
+        first, second = (record_call(self.function, args, options, came) for _ in range(2))
+        return first, second
+
+    def _backward_plan(self, first: Record, second: Record) -> Plan:
+        source, gradients = _backward(first, second)
+        if not source.used & {*range(first.forward[0])} <= {*self.saved}:
+            raise Unrecorded
+        source.lines.append(f"return {source.listed(gradients)}")
+        came = range(first.forward[0], first.forward[0] + first.came)
+        return source.function([f"x{i}" for i in (*self.saved, *came)])
+
+    def _backward_plan_of(self, tensors: Sequence[Tensor], came: Strides) -> Plan | None:
+        try:
+            return self._backward_plan(*self.records(tensors[: len(self.given)], came))
+        except Unrecorded:
+            return None
+
+    def _laid_out(self, incoming: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """As the results are, zero where none came."""
+        laid_out = []
+        for dy, (shape, stride, dtype) in zip(incoming, self.layouts, strict=True):
+            laid_out.append(torch.empty_strided(shape, stride, dtype=dtype))
+            laid_out[-1].copy_(dy) if dy is not None else laid_out[-1].zero_()
+        return tuple(laid_out)
+
+    def _as_written(self, tensors: Sequence[Tensor], incoming: Sequence[Tensor | None]) -> Any:
+        """The gradients by the function as it is written, which may be differentiated again."""
+        args, options = self._call(tensors)
+        with torch.enable_grad():
+            results = self.function(*args, **options)
+        results = results if isinstance(results, tuple) else (results,)
+        pairs = [(y, dy) for y, dy in zip(results, incoming, strict=True) if dy is not None]
+        wanted = [x for x in tensors if x.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                [y for y, _ in pairs], wanted, [dy for _, dy in pairs],
+                create_graph=torch.is_grad_enabled(), allow_unused=True,
+            )
+        )  # fmt: skip
+        return tuple(next(found) if x.requires_grad else None for x in tensors)
