@@ -90,7 +90,7 @@ __device__ void fetch_queries(Tile<T, kRows, kDim>& to, const Decode<T>& d, cons
 // What a warp does: its keys, for all rows of the block.
 template <typename T, int kDim>
 struct Work {
-  static constexpr int kWarps = Shape<kDim>::kWarps, kTiles = Shape<kDim>::kTiles;
+  static constexpr int kWarps = Shape<kDim>::kWarps;
 
   const Decode<T>& d;
   Shared<T, kDim>& shared;
