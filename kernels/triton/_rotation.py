@@ -59,3 +59,32 @@ def angles_of(
     cos = tl.load(cos_ptr + position * cos_stride + pair, mask=known, other=nan).to(tl.float32)
     sin = tl.load(sin_ptr + position * sin_stride + pair, mask=known, other=nan).to(tl.float32)
     return tl.where(is_row, cos, 1.0), tl.where(is_row, sin, 0.0)
+
+
+@triton.jit
+def turn_rows(
+    y_rows, x_rows, inside, read, cos, sin, HALF: tl.constexpr, REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows of x, [rows, 1] pointers, turned by cos and sin to those of y: of what is not `read` 0,
+    and nothing where not `inside`. Dims past the tables pass through."""
+    if HALF > 0:
+        if INTERLEAVED:
+            col = tl.arange(0, 2 * BLOCK)[None, :]
+            mask = inside & (col < 2 * HALF)
+            x = tl.load(x_rows + col, mask=mask & read, other=0.0).to(tl.float32)
+            a, b = tl.split(tl.reshape(x, [x.shape[0], BLOCK, 2]))
+            y = tl.join(a * cos - b * sin, b * cos + a * sin)
+            tl.store(y_rows + col, tl.reshape(y, [x.shape[0], 2 * BLOCK]), mask=mask)
+        else:
+            col = tl.arange(0, BLOCK)[None, :]
+            mask = inside & (col < HALF)
+            a = tl.load(x_rows + col, mask=mask & read, other=0.0).to(tl.float32)
+            b = tl.load(x_rows + HALF + col, mask=mask & read, other=0.0).to(tl.float32)
+            tl.store(y_rows + col, a * cos - b * sin, mask=mask)
+            tl.store(y_rows + HALF + col, b * cos + a * sin, mask=mask)
+    if REST > 0:
+        rest = tl.arange(0, REST_BLOCK)[None, :]
+        mask = inside & (rest < REST)
+        passing = tl.load(x_rows + 2 * HALF + rest, mask=mask & read, other=0.0)
+        tl.store(y_rows + 2 * HALF + rest, passing, mask=mask)

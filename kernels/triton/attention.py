@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from tilewise.kernels.triton._append import TILE, _append_kernel
 from tilewise.kernels.triton._attention_backward import (
     _keys_backward_kernel,
     _queries_backward_kernel,
@@ -20,6 +21,8 @@ from tilewise.kernels.triton._attention_scores_gradient import (
     _bias_backward_kernel,
     _sinks_backward_kernel,
 )
+from tilewise.kernels.triton._decode import SPLIT, _merge_kernel, _split_kernel
+from tilewise.kernels.triton._pages import cache_of
 from tilewise.kernels.triton._shared import MAX_PARTS, launch_options, same_layout
 
 
@@ -62,6 +65,11 @@ _BIAS = {  # a bias alone is much
         {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)}),
 }  # fmt: skip
 _ROWS = {"BLOCK": 1024, **launch_options(4)}
+# Keys, warps and stages of a program that decodes, and at most how many queries.
+_DECODE = {
+    4: {64: (32, 4, 2, 16), 128: (16, 4, 2, 16), 256: (16, 8, 1, 16)},
+    2: {64: (64, 4, 3, 64), 128: (64, 4, 3, 32), 256: (32, 4, 2, 32)},
+}
 
 
 # What `tilewise kernels --prune attention` compiles, to choose from for the tables above.
@@ -216,3 +224,64 @@ def _sinks_backward(sinks: Tensor, delta: Tensor, highest: Tensor, total: Tensor
         sums, sinks, delta, highest, total, batch, heads, seq_q, parts, **_ROWS
     )
     return _summed(sums, sinks.dtype)
+
+
+def attention_decode_forward(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seq_lens: Tensor, block_table: Tensor | None,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, left: int, softcap: float, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q [batch, heads, q_len, dim], caches [batch, kv_heads, capacity, dim or v_dim] or, of pages,
+    [pages, page_size, kv_heads, dim or v_dim], seq_lens [batch], block_table [batch, max_pages],
+    slopes [batch, heads], sinks [heads] -> out [batch, heads, q_len, v_dim] laid out as q, lse
+    [batch, heads, q_len]."""
+    batch, heads, seq_q, dim = q.shape
+    v_dim = v_cache.shape[3]
+    out = same_layout(q, v_dim)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    (kv_heads, capacity, pages, table_stride, page_size), strides = cache_of(
+        k_cache, v_cache, block_table
+    )
+    rules, sign = rules_of(None, None, alibi_slopes, left, 0, softcap, scale, seq_q, capacity)
+    width, v_width = _width(dim), _width(v_dim)
+    keys, warps, stages, most = _DECODE[q.itemsize][max(width, v_width, 64)]
+    group, splits = heads // kv_heads, triton.cdiv(capacity, SPLIT)
+    queries = group * seq_q
+    rows = min(max(triton.next_power_of_2(queries), 16), most)
+    statistics = lse.new_empty(2, batch * kv_heads * splits * queries)
+    sums = lse.new_empty(statistics.shape[1], v_width)
+    dims = None if dim == width else dim, None if v_dim == v_width else v_dim
+    _split_kernel[(triton.cdiv(queries, rows) * splits * batch * kv_heads,)](
+        sums, *statistics, q, k_cache, v_cache, seq_lens, block_table, rules, kv_heads, group,
+        seq_q, capacity, splits, *dims, pages, table_stride, q.stride()[:3], *strides, sign,
+        DIM=width, V_DIM=v_width, ROWS=rows, KEYS=keys, SPLIT=SPLIT, PAGE=page_size,
+        num_stages=stages, **launch_options(warps),
+    )  # fmt: skip
+    _merge_kernel[(batch * heads * seq_q,)](
+        out, lse, sums, *statistics, seq_lens, sinks, heads, group, seq_q, capacity, splits,
+        dims[1], rules.left, out.stride()[:3],
+        V_DIM=v_width, PARTS=max(2048 // v_width, 16), SPLIT=SPLIT, **launch_options(4),
+    )  # fmt: skip
+    return out, lse
+
+
+def append_kv_(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, seq_lens_before: Tensor,
+    block_table: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool,
+) -> None:  # fmt: skip
+    """Caches as in `attention_decode_forward`, k, v [batch, kv_heads, new, dim or v_dim],
+    seq_lens_before [batch], tables [positions, half], written to the caches."""
+    batch, heads, new, dim = k.shape
+    v_dim = v.shape[3]
+    (_, capacity, pages, table_stride, page_size), strides = cache_of(k_cache, v_cache, block_table)
+    positions, half = (0, 0) if cos is None else cos.shape
+    table_strides = (0, 0) if cos is None else (cos.stride(0), sin.stride(0))
+    rest = dim - 2 * half
+    block, rest_block, v_block = (triton.next_power_of_2(max(n, 1)) for n in (half, rest, v_dim))
+    rows = max(TILE // max(2 * block, rest_block, v_block), 1)
+    _append_kernel[(triton.cdiv(batch * heads * new, rows), 2)](
+        k_cache, v_cache, k, v, seq_lens_before, block_table, cos, sin, batch * heads * new, heads,
+        new, capacity, pages, table_stride, positions, *table_strides,
+        *strides, k.stride()[:3], v.stride()[:3], PAGE=page_size, INTERLEAVED=interleaved,
+        HALF=half, REST=rest, V_COLS=v_dim, ROWS=rows, BLOCK=block, REST_BLOCK=rest_block,
+        V_BLOCK=v_block, **launch_options(4),
+    )  # fmt: skip

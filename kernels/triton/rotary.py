@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tilewise.kernels.triton._rotation import angles_of, places, positions_of
+from tilewise.kernels.triton._rotation import angles_of, places, positions_of, turn_rows
 from tilewise.kernels.triton._shared import launch_options
 
 HEADS = 4  # of one program: it reads the tables once for all of them
@@ -25,27 +25,9 @@ def _turn_heads(
         head = tl.cast(i, tl.int64)
         x_rows = x_ptr + batch * x_batch + head * x_head + (row * x_seq)[:, None]
         y_rows = y_ptr + batch * y_batch + head * y_head + (row * y_seq)[:, None]
-
-        if INTERLEAVED:
-            col = tl.arange(0, 2 * BLOCK)[None, :]
-            mask = inside & (col < 2 * HALF)
-            x = tl.load(x_rows + col, mask=mask & read, other=0.0).to(tl.float32)
-            a, b = tl.split(tl.reshape(x, [x.shape[0], BLOCK, 2]))
-            y = tl.join(a * cos - b * sin, b * cos + a * sin)
-            tl.store(y_rows + col, tl.reshape(y, [x.shape[0], 2 * BLOCK]), mask=mask)
-        else:
-            col = tl.arange(0, BLOCK)[None, :]
-            mask = inside & (col < HALF)
-            a = tl.load(x_rows + col, mask=mask & read, other=0.0).to(tl.float32)
-            b = tl.load(x_rows + HALF + col, mask=mask & read, other=0.0).to(tl.float32)
-            tl.store(y_rows + col, a * cos - b * sin, mask=mask)
-            tl.store(y_rows + HALF + col, b * cos + a * sin, mask=mask)
-
-        if REST > 0:
-            rest = tl.arange(0, REST_BLOCK)[None, :]
-            mask = inside & (rest < REST)
-            passing = tl.load(x_rows + 2 * HALF + rest, mask=mask & read, other=0.0)
-            tl.store(y_rows + 2 * HALF + rest, passing, mask=mask)
+        turn_rows(
+            y_rows, x_rows, inside, read, cos, sin, HALF, REST, INTERLEAVED, BLOCK, REST_BLOCK
+        )
 
 
 @triton.jit

@@ -55,6 +55,7 @@ CACHE_BACKENDS = backends_of(
     cuda=_within(256, 2**29),  # a row of sums in registers; positions are ints
     cuda_dtypes=HALVES,  # what tensor cores take
     numba=takes_all,
+    triton=_within(256, 2**30),
 )
 
 # The rows of caches lie in one piece; lengths and the table are int32, contiguous. Without a table
