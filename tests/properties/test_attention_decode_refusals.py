@@ -60,7 +60,7 @@ REFUSED = [
      {"seq_lens": lengths_of(-1, 10)} | CHECKED),
     (ValueError, "block_table must name pages from 0 to 4, got -1 for sequence 0",
      PAGED | {"seq_lens": lengths_of(9, 9)} | CHECKED),
-    (ValueError, "backend must be one of cuda, numba, reference, got 'abacus'",
+    (ValueError, "backend must be one of cuda, numba, triton, reference, got 'abacus'",
      {"backend": "abacus"}),
 ]  # fmt: skip
 
