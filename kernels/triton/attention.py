@@ -67,7 +67,7 @@ _BIAS = {  # a bias alone is much
 _ROWS = {"BLOCK": 1024, **launch_options(4)}
 # Keys, warps and stages of a program that decodes, and at most how many queries.
 _DECODE = {
-    4: {64: (32, 4, 2, 16), 128: (16, 4, 2, 16), 256: (16, 8, 1, 16)},
+    4: {64: (16, 4, 2, 16), 128: (16, 4, 2, 16), 256: (16, 8, 1, 16)},
     2: {64: (64, 4, 3, 64), 128: (64, 4, 3, 32), 256: (32, 4, 2, 32)},
 }
 

@@ -64,7 +64,7 @@ def attention_decode(
         scale: Multiplies the scores. None is 1 / sqrt(dim).
         check_inputs: Raise where a sequence is longer than its cache or has a page that the cache
             does not have. Waits for the device.
-        backend: "cuda", "numba" or "reference". None picks the first that can run.
+        backend: "cuda", "numba", "triton" or "reference". None picks the first that can run.
 
     Returns:
         `[batch, heads, q_len, v_dim]`, dtype of `q`, its dims in memory in the order of those of
@@ -120,7 +120,7 @@ def attention_decode_with_lse(
         softcap: Positive bound that the scores approach. None is no bound.
         scale: Multiplies the scores. None is 1 / sqrt(dim).
         check_inputs: Raise where a sequence has no such room or page. Waits for the device.
-        backend: "cuda", "numba" or "reference". None picks the first that can run.
+        backend: "cuda", "numba", "triton" or "reference". None picks the first that can run.
 
     Returns:
         out, `[batch, heads, q_len, v_dim]`, dtype of `q`; and lse, `[batch, heads, q_len]`, fp32
@@ -169,7 +169,7 @@ def append_kv_(
         sin: Like `cos`. `rotary_tables` makes both.
         interleaved: Whether the dims of a pair are neighbours.
         check_inputs: Raise where there is no room or no page. Waits for the device.
-        backend: "cuda", "numba" or "reference". None picks the first that can run.
+        backend: "cuda", "numba", "triton" or "reference". None picks the first that can run.
 
     Raises:
         TypeError: If a dtype is wrong, or not one that `backend` takes.
