@@ -354,3 +354,15 @@ def test_every_two_options(backend, dtype, size):
     if results[0].skipped:
         pytest.skip(f"{backend}: {results[0].skipped}")
     assert all(r.ok for r in results), failures(results)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_of_sequences_one_by_one_it_is_the_function_of_torch(causal):
+    lengths = ((3, 3), (1, 1), (20, 20))
+    tensors, options = VARLEN.inputs(
+        lengths=lengths, heads=4, kv_heads=2, dim=8, causal=causal, device=DEVICE,
+        dtype=torch.float64,
+    )  # fmt: skip
+    torch.testing.assert_close(
+        VARLEN.reference(*tensors, **options), VARLEN.native(*tensors, **options)
+    )

@@ -95,10 +95,14 @@ PACKED_LSE_SIZES: list[Size] = [
 ]
 PACKED_WORKLOADS: list[Size] = [
     {
-        "lengths": tuple((n, n) for n in (1024, 96, 512, 200, 768, 40, 1408)), "heads": 16,
-        "kv_heads": 16, "dim": 64, "causal": causal,
+        "lengths": tuple((n, n) for n in lengths), "heads": 16, "kv_heads": 16, "dim": 64,
+        "causal": causal,
     }
-    for causal in (True, False)
+    for lengths, causal in (
+        ((512, 96, 256, 200, 384, 40), True),
+        ((1024, 96, 512, 200, 768, 40, 1408), True),
+        ((1024, 96, 512, 200, 768, 40, 1408), False),
+    )
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Generator, Tensor
 
 from tilewise.heads.formula import Window
@@ -211,6 +212,40 @@ def _tensors_first_with_lse(
     )
 
 
+def _native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool = False,
+) -> Tensor:
+    """PyTorch's own, one sequence after the other; causal is the same for as many keys as queries.
+
+    No sequence is longer than the longest that is said, and there are no rows past the last.
+    """
+    assert bias is None and sinks is None
+    sequences = zip(
+        *(
+            t.transpose(0, 1)[None].split(cu_seqlens.diff().tolist(), 2)
+            for t, cu_seqlens in ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))
+        ),
+        strict=True,
+    )
+    outs = [
+        torch.nn.functional.scaled_dot_product_attention(
+            own_q, own_k, own_v, is_causal=causal, enable_gqa=True
+        )
+        for own_q, own_k, own_v in sequences
+    ]
+    return torch.cat(outs, 2)[0].transpose(0, 1)
+
+
 VARLEN = declare(
     Op(
         name="attention_varlen",
@@ -222,6 +257,7 @@ VARLEN = declare(
         workloads=PACKED_WORKLOADS,
         bytes_moved=packed_bytes_moved,
         flops=packed_flops,
+        native=_native,
     )
 )
 VARLEN_WITH_LSE = declare(
