@@ -48,7 +48,7 @@ from tilewise.kernels.numba._rules import (
     mark_dropped,
     place_of,
 )
-from tilewise.kernels.numba._simd import INTEGER, load, offset, pointer, real, store
+from tilewise.kernels.numba._simd import INTEGER, load, offset, pointer, real, reciprocal, store
 from tilewise.kernels.numba._tiles import (
     NONE,
     fill,
@@ -85,17 +85,22 @@ def _read_queries(q_t, row_kind, stage, q, dim, row, rows, seq_q, sign, strides)
 
 
 @callee
-def _begin(stats, sinks, with_sinks, factor, head, row, rows, seq_q):
-    """Begin the sums of a block: with the sinks, or with nothing.
+def base_of(highest, factor):
+    """The highest score in units of log 2, as rounded where powers are taken above it."""
+    return highest * factor[0]
 
-    A sink's own term is 1 but for the second part of the factor, which the base leaves out.
-    """
+
+@callee
+def _begin(stats, sinks, with_sinks, factor, head, row, rows, seq_q):
+    """Begin the sums of a block: with the sinks, or with nothing."""
     for i in range((rows + PANEL - 1) // PANEL * PANEL):
         highest, total = real(stats, -math.inf), real(stats, 0)
         if with_sinks and i < rows:
             highest = load(sinks, head + (row + i) // seq_q)
-            rest = np.float64(highest) * np.float64(factor[1]) * math.log(2)
-            total = real(stats, 0.0 if highest == real(stats, -math.inf) else 1.0 + rest)
+            if highest != real(stats, -math.inf):
+                sink = np.float64(highest)
+                exact = sink * np.float64(factor[0]) + sink * np.float64(factor[1])
+                total = real(stats, 2.0 ** (exact - np.float64(base_of(highest, factor))))
         store(stats, HIGHEST + i, highest)
         store(stats, TOTAL + i, total)
 
@@ -116,13 +121,13 @@ def _write_block(
         y = offset(out, place_of(out_strides, 0, head, query))
         x, z = offset(stage, i % PANEL * width), load(stats, TOTAL + i)
         place = place_of(strides, 0, head, query)
-        store(highest, place, load(stats, HIGHEST + i) * factor[0])
+        store(highest, place, base_of(load(stats, HIGHEST + i), factor))
         store(total, place, z)
         if z == zero:
             for j in range(cols):
                 store(y, j, zero)
         else:
-            r = 1.0 / np.float64(z)  # in fp32 it would be wrong for the whole row alike
+            r = reciprocal(np.float64(z))  # in fp32 it would be wrong for the whole row alike
             for j in range(cols):
                 store(y, j, real(stats, np.float64(load(x, j)) * r))
 

@@ -44,7 +44,7 @@ from tilewise.kernels.numba._rules import (
     mark_dropped,
     place_of,
 )
-from tilewise.kernels.numba._simd import INTEGER, load, offset, pointer, real, store
+from tilewise.kernels.numba._simd import INTEGER, load, offset, pointer, real, reciprocal, store
 from tilewise.kernels.numba._tiles import (
     NONE,
     fill,
@@ -58,28 +58,31 @@ from tilewise.kernels.numba._tiles import (
 BLOCK = np.int64(64)  # of queries that share a tile; a multiple of every PANEL
 
 # Lines of numbers, one for each query of a block: those of `_rules`, and after them these.
-TOP, PART, DELTA, LESS = (np.int64(LINES + i) * LINE for i in range(4))
+TOP, PART, SUM, DELTA, LESS = (np.int64(LINES + i) * LINE for i in range(5))
 
 
 def scratch_of(dim: int, v_dim: int) -> int:
     """Elements of scratch a thread needs: as of numbers, which is enough for pairs."""
     width, v_width = widest(dim), widest(v_dim)
     tiles = KEYS * width + 4 * KEYS * BLOCK + 2 * PANEL * KEYS + KEYS
-    return int(2 * (BLOCK + KEYS) * (width + v_width) + tiles + (LINES + 6) * LINE)
+    return int(2 * (BLOCK + KEYS) * (width + v_width) + tiles + (LINES + 7) * LINE)
 
 
 @callee
 def _read_statistics(stats, highest, total, delta, dlse, with_lse, rows, tall):
-    """Lines: the highest score, 1 / the sum or 0, delta and dlse."""
+    """Lines: the base of the powers, 1 / their sum and the sum, both 0 without one, delta, dlse."""
     once()
+    none = real(stats, 0)
     for i in range(tall):
-        top, part, dot, less = real(stats, 0), real(stats, 0), real(stats, 0), real(stats, 0)
-        if i < rows and load(total, i) != part:
-            top, part, dot = load(highest, i), real(stats, 1) / load(total, i), load(delta, i)
+        top, part, summed, dot, less = none, none, none, none, none
+        if i < rows and load(total, i) != none:
+            top, summed, dot = load(highest, i), load(total, i), load(delta, i)
+            part = reciprocal(summed)
             if with_lse:
                 less = load(dlse, i)
         store(stats, TOP + i, top)
         store(stats, PART + i, part)
+        store(stats, SUM + i, summed)
         store(stats, DELTA + i, dot)
         store(stats, LESS + i, less)
 
@@ -188,13 +191,14 @@ def _make_tiles(
         of_scores, of_ds = offset(scores, j), offset(ds, j)
         if dropping:
             keep_columns(of_ds, BLOCK, keys, offset(marks, j))
-        top, part = offset(stats, TOP + j), offset(stats, PART + j)
+        top = offset(stats, TOP + j)
+        sums = offset(stats, PART + j), offset(stats, SUM + j)
         if alone:
             less = offset(stats, LESS + j)
-            softmax_gradient_alone(of_scores, of_ds, BLOCK, keys, factor, top, part, less)
+            softmax_gradient_alone(of_scores, of_ds, BLOCK, keys, factor, top, sums, less)
         else:
             delta = offset(stats, DELTA + j)
-            softmax_gradient(of_scores, of_ds, BLOCK, keys, factor, top, part, delta)
+            softmax_gradient(of_scores, of_ds, BLOCK, keys, factor, top, sums, delta)
         if dropping:
             keep_columns(of_scores, BLOCK, keys, offset(marks, j))
     if rows % per:  # the last query has none to pair with

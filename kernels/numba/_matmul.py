@@ -36,7 +36,10 @@ HEIGHT = np.int64(4 if X86 and LANES < 16 else 8)
 SET, ADD = np.int64(0), np.int64(1)
 UNIT = np.int64(1)
 
-# A sum of products is taken in chains of at most so many, and two at least: one long chain is
+# A sum of products is taken in chains of at most so many, and two at least, the same ones whether a
+# microkernel has one vector or two: the scores that the backward pass cuts into other blocks are
+# those of the forward pass to the bit, or its probabilities would not be of the sums kept from it.
+# Of them one long chain is
 # wrong by the root of its length. Dq in fp32 was up to 1.6 x what the rule allows with chains of 64
 # (D128, 2 % faster), 1.7 x with chains of 32 where a key had most of a row. Those of 8 take 4 %.
 CHAIN = np.int64(16)
@@ -93,53 +96,31 @@ def _emit_pair_step(builder, a, a_offsets, b, sums, vectors):
 def _emit_product(builder, vectors, c, c_stride, a, a_row, a_step, b, b_stride, depth, old):
     vector = vector_of(c.type.pointee)
     a_offsets = [builder.mul(a_row, INT64(i)) for i in range(int(HEIGHT))]
-    # Sums of several steps in turn: the chains are shorter, their errors too, and as many registers
-    # are in use for one vector as for two.
-    chains = 2 // vectors
     zeros = [constant(vector, 0)] * int(HEIGHT * vectors)
-    steps = builder.sdiv(depth, INT64(chains))
     before = builder.block
     step = builder.append_basic_block("step")
     end = builder.append_basic_block("end")
-    builder.cbranch(builder.icmp_signed(">", steps, INT64(0)), step, end)
+    builder.cbranch(builder.icmp_signed(">", depth, INT64(0)), step, end)
 
     builder.position_at_end(step)
     k, a_now, b_now = builder.phi(INT64), builder.phi(a.type), builder.phi(b.type)
-    sums = [[builder.phi(vector) for _ in zeros] for _ in range(chains)]
-    totals, a_next, b_next = [], a_now, b_now
-    for chain in sums:
-        totals.append(_emit_step(builder, a_next, a_offsets, b_next, chain, vectors))
-        a_next, b_next = builder.gep(a_next, [a_step]), builder.gep(b_next, [b_stride])
+    sums = [builder.phi(vector) for _ in zeros]
+    totals = _emit_step(builder, a_now, a_offsets, b_now, sums, vectors)
     k_next = builder.add(k, INT64(1))
-    phis = [k, a_now, b_now, *(phi for chain in sums for phi in chain)]
-    ends = [k_next, a_next, b_next, *(total for chain in totals for total in chain)]
-    for phi, value, start in zip(phis, ends, [INT64(0), a, b, *zeros * chains], strict=True):
+    ends = [k_next, builder.gep(a_now, [a_step]), builder.gep(b_now, [b_stride]), *totals]
+    for phi, value, start in zip(
+        [k, a_now, b_now, *sums], ends, [INT64(0), a, b, *zeros], strict=True
+    ):
         phi.add_incoming(start, before)
         phi.add_incoming(value, step)
-    builder.cbranch(builder.icmp_signed("<", k_next, steps), step, end)
+    builder.cbranch(builder.icmp_signed("<", k_next, depth), step, end)
 
     builder.position_at_end(end)
-    results = []
-    for start, value in zip([a, b, *zeros * chains], ends[1:], strict=True):
-        phi = builder.phi(value.type)
+    found = [builder.phi(vector) for _ in zeros]
+    for phi, value, start in zip(found, totals, zeros, strict=True):
         phi.add_incoming(start, before)
         phi.add_incoming(value, step)
-        results.append(phi)
-    a_now, b_now, *flat = results
-    totals = flat[: len(zeros)]
-    if chains == 2:
-        with builder.if_then(builder.trunc(depth, ir.IntType(1))):
-            last = _emit_step(builder, a_now, a_offsets, b_now, totals, vectors)
-            odd = builder.block
-        even = end
-        merged = []
-        for total, value in zip(totals, last, strict=True):
-            phi = builder.phi(vector)
-            phi.add_incoming(total, even)
-            phi.add_incoming(value, odd)
-            merged.append(phi)
-        totals = [builder.fadd(x, y) for x, y in zip(merged, flat[len(zeros) :], strict=True)]
-    _emit_results(builder, vectors, c, c_stride, totals, old)
+    _emit_results(builder, vectors, c, c_stride, found, old)
 
 
 def _emit_results(builder, vectors, c, c_stride, totals, old):

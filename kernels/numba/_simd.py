@@ -14,7 +14,7 @@ from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from tilewise.kernels.numba import _lanes, _sixteen
-from tilewise.kernels.numba._lanes import call
+from tilewise.kernels.numba._lanes import call, constant
 
 KINDS = {
     torch.float32: np.float32(0),
@@ -128,6 +128,17 @@ def maximum(typing_context, x, y):
 def fma(typing_context, x, y, z):
     """x * y + z, rounded once, and left in this order: `reassoc` moves terms of a plain sum."""
     return x(x, x, x), lambda _, builder, __, args: call(builder, "fma", *args)
+
+
+@intrinsic
+def reciprocal(typing_context, x):
+    """1 / x as it is written: of `y * (1 / np.float64(x))` that is rounded to fp32 LLVM makes a
+    division in fp32, and of several by one x products with its rounded reciprocal."""
+
+    def emit(context, builder, signature, args):
+        return builder.fdiv(constant(args[0].type, 1), args[0], flags=("nsz",))
+
+    return x(x), emit
 
 
 def _by_lanes(function):

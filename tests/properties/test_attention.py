@@ -164,3 +164,40 @@ def test_numba_scales_by_two_parts_that_are_twice_as_exact(scale, double):
     assert sign * size == scale
     assert main > 0 and rest > 0
     assert abs(Fraction(main) + Fraction(rest) - exact) <= Fraction(eps) ** 2 * exact
+
+
+def test_numbas_probabilities_are_as_exact_as_torchs():
+    """Of scores that are exact: the values are the unit vectors, so that the outputs are them."""
+    keys = 256
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randint(-12, 13, (1, 1, keys, 64), generator=generator) / 4 for _ in range(2))
+    able("numba", q, k, k)
+    scores = q.double() @ k.double().mT / 8
+    assert torch.equal(scores, (q @ k.mT / 8).double())
+    exact = scores.softmax(-1)
+
+    def error(p):
+        seen = exact > 1e-6  # the smaller are rounded to less than that of what sums to 1
+        return (p.double() / exact - 1)[seen].square().mean().sqrt()
+
+    ours = attention(q, k, torch.eye(keys)[None, None], backend="numba")
+    assert error(ours) <= error(scores.float().softmax(-1))
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2)])
+@pytest.mark.parametrize("seq_q, seq_k", [(1, 5), (6, 19), (19, 19), (35, 50)])
+def test_numbas_gradients_are_of_the_probabilities_of_the_output(heads, kv_heads, seq_q, seq_k):
+    """To the bit, however either pass cuts the queries, of a tile of keys, of which no sums are
+    rescaled. One query of one head is differentiated at a time: the gradients of the values are its
+    probabilities, as the output of unit vectors is."""
+    q, k, _ = inputs(seq_q, seq_k, batch=1, heads=heads, kv_heads=kv_heads)
+    able("numba", q, k, k)
+    one_at_a_time = torch.eye(heads * seq_q).view(-1, heads, seq_q, 1).expand(-1, -1, -1, seq_k)
+    units = torch.eye(seq_k).expand(heads * seq_q, kv_heads, -1, -1).contiguous().requires_grad_()
+    q, k = (t.expand(len(units), -1, -1, -1) for t in (q, k))
+    p = attention(q, k, units, causal=True, backend="numba")
+    (found,) = torch.autograd.grad(p, units, one_at_a_time)
+    for number in range(heads * seq_q):
+        head, query = divmod(number, seq_q)
+        column = found[number, head * kv_heads // heads, :, 0]
+        assert torch.equal(column, p[number, head, query].detach()), (head, query)

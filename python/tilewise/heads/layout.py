@@ -25,4 +25,4 @@ def lowered(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def lse_of(highest: Tensor, total: Tensor) -> Tensor:
     """The natural logarithm of the sum that a row's statistics stand for."""
-    return math.log(2) * highest + total.log()
+    return torch.add(total.log(), highest, alpha=math.log(2))  # in one rounding
