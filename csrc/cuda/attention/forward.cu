@@ -2,17 +2,10 @@
 // on one tile the next is on its way. The sums of the softmax are kept online (Dao,
 // https://arxiv.org/abs/2307.08691): what was added up so far is rescaled when a higher score
 // comes.
-#include "cuda/attention/scores.cuh"
+#include "cuda/attention/forward.cuh"
 
 namespace tilewise {
 namespace {
-
-template <typename T>
-struct Forward {
-  Attention<T> a;
-  Heads<T> out;
-  float *highest, *total;
-};
 
 // How many times 16 queries a warp has, and keys of a tile. nvcc 13.0 has no spills on sm_80, 90a,
 // 100a and 120. Registers, the most of these four, and shared bytes of a block, for heads of 32, 64
@@ -107,26 +100,7 @@ struct Work {
 #pragma unroll
     for (int i = 0; i < 2 * kDown; ++i) {
       const int m = i / 2, half = 2 * (i % 2);
-      float above = highest[m][i % 2];
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-        above = fmaxf(above, fmaxf(s[m][n][half], s[m][n][half + 1]));
-      }
-      above = fmaxf(above, __shfl_xor_sync(0xffffffff, above, 1));
-      above = fmaxf(above, __shfl_xor_sync(0xffffffff, above, 2));
-      const float base = kEmpty && above == -INFINITY ? 0.f : above * factor;
-      const float rescale = exp2_approximate(highest[m][i % 2] * factor - base);
-      highest[m][i % 2] = above;
-      float sum = total[m][i % 2] * rescale;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-        for (int e = half; e < half + 2; ++e) {
-          s[m][n][e] = exp2_approximate(s[m][n][e] * factor - base);
-          sum += s[m][n][e];
-        }
-      }
-      total[m][i % 2] = sum;
+      const float rescale = soften<kEmpty>(s[m], half, highest[m][i % 2], total[m][i % 2], factor);
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
         sums[m][n][half] *= rescale;
@@ -266,6 +240,9 @@ cudaError_t attention_forward(
                        {static_cast<T*>(out), out_batch, out_head, out_row},
                        highest,
                        total};
+#ifdef TILEWISE_HOPPER
+    if (is_for_hopper(f)) return hopper_forward(f, stream);
+#endif
     return for_width(size, is_scored(f.a), [&](auto width, auto scored) {
       constexpr int kDim = decltype(width)::value;
       constexpr bool kScored = decltype(scored)::value;

@@ -83,6 +83,7 @@ def _compiled(file: Path, architecture: Architecture, dtypes: Collection[str]) -
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         command += ["-gencode", target, "-Xptxas=-v", "-o", str(cubin), str(file)]
+        command += ["-DTILEWISE_HOPPER"] * (architecture.nvcc == "90a")  # as CMakeLists.txt does
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             said = (run.stderr.strip().splitlines() or ["nothing"])[0]
