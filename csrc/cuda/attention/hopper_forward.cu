@@ -4,7 +4,9 @@
 // registers. What lies beyond a head comes as zeros and is not written: the copy engine knows where
 // a tensor ends.
 //
-// The structure is that of FlashAttention-3 (Shah et al., https://arxiv.org/abs/2407.08608).
+// Two things keep the tensor cores busy during the softmax (FlashAttention-3, Shah et al.,
+// https://arxiv.org/abs/2407.08608): consumers take turns, and a consumer's scores of a tile become
+// probabilities while the values of the tile before are multiplied.
 #ifdef TILEWISE_HOPPER
 
 #include "cuda/attention/hopper.cuh"
@@ -51,6 +53,7 @@ struct Work {
   Turn<1> q = {};
   Turn<S::kStages> k = {}, v = {};
   float sums[kDim / 2], highest[2], total[2];
+  float rescale[2];                  // what the sums are still to be multiplied by
   uint32_t p[kKeys / kStepRows][4];  // rounded, of the last tile
 
   __device__ Work(const Launch<T>& launch, HopperShared<T, kDim, kKeys>& shared)
@@ -75,8 +78,10 @@ struct Work {
     wgmma_commit();
   }
 
-  // sums += p v, on its way.
+  // sums = rescale sums + p v, on its way; the multiplication is done beside the scores'.
   __device__ __forceinline__ void multiply_values() {
+#pragma unroll
+    for (int i = 0; i < kDim / 2; ++i) sums[i] *= rescale[i / 2 % 2];
     const uint64_t b = shared.v[v.slot].down();
     wgmma_fence();
 #pragma unroll
@@ -86,10 +91,9 @@ struct Work {
     wgmma_commit();
   }
 
-  // Scores of a tile to probabilities, and what the sums before are to be multiplied by.
+  // Scores of a tile to probabilities.
   template <bool kChecked>
-  __device__ __forceinline__ void attend(float (&s)[kKeys / 2], float (&rescale)[2],
-                                         const Item& item, int n) {
+  __device__ __forceinline__ void attend(float (&s)[kKeys / 2], const Item& item, int n) {
     auto& scores = reinterpret_cast<Fragments<1, kKeys / 8>&>(s);
     const Attention<T>& a = launch.f.a;
     if constexpr (kChecked) {
@@ -110,23 +114,55 @@ struct Work {
     }
   }
 
-  template <bool kChecked>
-  __device__ __forceinline__ void step(const Item& item, int n) {
-    float s[kKeys / 2], rescale[2];
+  // Whose turn it is feeds the tensor cores; the others are at their softmax.
+  __device__ static void turn_pass(int consumer) {
+    const int next = consumer + 1 == S::kConsumers ? 0 : consumer + 1;
+    named_barrier_arrive(1 + S::kConsumers + next, 2 * kWarpgroup);
+  }
+  __device__ void turn_take() const {
+    named_barrier_sync(1 + S::kConsumers + consumer, 2 * kWarpgroup);
+  }
+
+  // The scores of tile n have come: its keys are not needed any more, nor are queries by the last.
+  __device__ void keys_done(const Item& item, int n) {
+    release(&shared.k_empty[k.slot]);
+    k.next();
+    if (n + 1 == item.keys.count()) release(&shared.q_empty);
+  }
+
+  // Of the first tile there are only scores.
+  __device__ __forceinline__ void begin(const Item& item) {
+    float s[kKeys / 2];
+    barrier_wait(&shared.q_full, q.odd);
+    q.next();
     barrier_wait(&shared.k_full[k.slot], k.odd);
     multiply_keys(s);
     wgmma_wait<0>(s);
-    release(&shared.k_empty[k.slot]);
-    k.next();
-    attend<kChecked>(s, rescale, item, n);
-#pragma unroll
-    for (int i = 0; i < kDim / 2; ++i) sums[i] *= rescale[i / 2 % 2];
-    round(s);
+    keys_done(item, 0);
+    attend<true>(s, item, 0);
     barrier_wait(&shared.v_full[v.slot], v.odd);
+    round(s);
+  }
+
+  // The scores of tile n and the product of the one before. To wait for the next values here is no
+  // loss, and keeps ptxas from putting off most powers until after the wait for the sums.
+  template <bool kChecked>
+  __device__ __forceinline__ void step(const Item& item, int n) {
+    float s[kKeys / 2];
+    barrier_wait(&shared.k_full[k.slot], k.odd);
+    turn_take();
+    multiply_keys(s);
     multiply_values();
-    wgmma_wait<0>(sums);
-    release(&shared.v_empty[v.slot]);
+    turn_pass(consumer);
+    wgmma_wait<1>(s);
+    keys_done(item, n);
+    attend<kChecked>(s, item, n);
+    uint64_t* read = &shared.v_empty[v.slot];
     v.next();
+    barrier_wait(&shared.v_full[v.slot], v.odd);
+    wgmma_wait<0>(sums);
+    release(read);
+    round(s);
   }
 
   __device__ void run(const Item& item) {
@@ -135,14 +171,16 @@ struct Work {
     highest[0] = highest[1] = -INFINITY;
     total[0] = total[1] = 0.f;
     const int count = item.keys.count(), partial = item.partial();
-    if (count > 0) barrier_wait(&shared.q_full, q.odd);
-#pragma unroll 1
-    for (int n = 0; n < partial; ++n) step<true>(item, n);
-#pragma unroll 1
-    for (int n = partial; n < count; ++n) step<false>(item, n);
     if (count > 0) {
-      release(&shared.q_empty);
-      q.next();
+      begin(item);
+#pragma unroll 1
+      for (int n = 1; n < partial; ++n) step<true>(item, n);
+#pragma unroll 1
+      for (int n = max(1, partial); n < count; ++n) step<false>(item, n);
+      multiply_values();
+      wgmma_wait<0>(sums);
+      release(&shared.v_empty[v.slot]);
+      v.next();
     }
     end(item);
   }
@@ -205,6 +243,7 @@ __global__ void __launch_bounds__(HopperShape<kDim>::kThreads, 1)
   } else {
     registers_claim<S::kConsumerRegisters>();
     Work<T, kDim, kKeys> work(launch, shared);
+    if (work.consumer == S::kConsumers - 1) work.turn_pass(work.consumer);  // to the first
     for_items<kDim, kKeys>(launch, [&](const Item& item) { work.run(item); });
     if (work.thread == 0) bulk_wait_read<0>();
   }
