@@ -27,8 +27,10 @@ struct Case {
 
 const Case kCases[]{
     {1, 2, 1, 70, 70, 64, 64, kNone, 0, Kind::plain, 0},  // causal: tiles within and at the edge
-    {2, 2, 2, 33, 130, 32, 24, kNone, kNone, Kind::plain, 8},  // a head narrower than its tile
-    {1, 2, 2, 140, 75, 128, 128, 20, 40, Kind::plain, 0},      // some see nothing
+    {2, 2, 2, 33, 130, 32, 24, kNone, kNone, Kind::plain, 8},     // a head narrower than its tile
+    {1, 2, 2, 140, 75, 128, 128, 20, 40, Kind::plain, 0},         // some see nothing
+    {1, 3, 1, 130, 340, 128, 128, kNone, kNone, Kind::plain, 8},  // more tiles than buffers
+    {1, 3, 3, 200, 420, 64, 64, kNone, 0, Kind::plain, 8},
     {2, 4, 2, 19, 70, 8, 16, kNone, 0, Kind::padded, 8},
     {1, 4, 2, 67, 66, 40, 33, 50, 0, Kind::all, 1},  // rows that allow no whole access
     {2, 2, 1, 20, 35, 64, 128, kNone, 3, Kind::all, 0},

@@ -118,6 +118,8 @@ def _rows(
     """A row for each kernel, from the machine code and from what ptxas said while it made that."""
     said_of = {found[1]: found[0] for found in _ENTRY.finditer(said)}
     names = _readable([name for cubin in cubins for name, _ in sections(cubin, ".text.")])
+    if not names:  # a file whose kernels are for another architecture
+        return []
     wanted = {mangled for mangled, name in names.items() if _dtype(name) in dtypes}
     warned = [line for line in said.splitlines() if SERIALISED.search(line)]
     rows = []

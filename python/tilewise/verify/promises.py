@@ -14,7 +14,8 @@ from tilewise.verify.kernel import Kernel
 HALVES = frozenset({"bfloat16", "float16"})
 NVIDIA = frozenset(name for name, a in ARCHITECTURES.items() if a.backend == "cuda")
 ACCESS = 16  # bytes
-SERIALISED = frozenset({"C7508", "C7510", "C7511", "C7515"})  # of ptxas, on wgmma and setmaxnreg
+# Of ptxas, on wgmma and setmaxnreg.
+SERIALISED = frozenset({"C7508", "C7510", "C7511", "C7512", "C7514", "C7515"})
 
 
 @dataclass(frozen=True)
