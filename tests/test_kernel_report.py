@@ -270,6 +270,12 @@ def test_cuda_kernels_are_named(tmp_path):
     assert kernel.warps == cuda_kernels.UNBOUNDED / 32
 
 
+@needs_nvcc
+def test_a_file_for_another_architecture_has_no_kernels():
+    (file,) = (toolchain.source() / "csrc").rglob("hopper_forward.cu")
+    assert cuda_kernels.kernels_of((str(file), "sm_80")) == []
+
+
 LOOPS = """
 template <int kWidth> __global__ void twice(float* y, int n) {
   for (int i = 0; i < n; ++i) y[i * kWidth] += y[i] / y[n];
