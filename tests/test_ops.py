@@ -152,7 +152,8 @@ def test_registered_properly(op, backend, size):
 
     seen = ops_called(run)
     if not seen:
-        assert any(t is not None and t.numel() == 0 for t in tensors)
+        longest = [call.keywords.get(f"max_seqlen_{side}", 1) for side in "qk"]
+        assert 0 in [*longest, *(t.numel() for t in tensors if t is not None)]
         pytest.skip("nothing to launch")
     assert all("_forward" in func.name() or "_backward" in func.name() for func, _ in seen)
     for func, args in seen:
