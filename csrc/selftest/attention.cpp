@@ -17,8 +17,12 @@ enum class Kind { plain, padded, all };
 struct Case {
   int64_t batch, heads, kv_heads, seq_q, seq_k, dim, v_dim, left, right;
   Kind kind;
-  int64_t gap;  // elements between rows
+  int64_t gap;          // elements between rows
+  bool packed = false;  // one after the other: of the first sequence there are no queries, of the
+                        // last no keys
 
+  int64_t own_q(int64_t b) const { return packed ? seq_q * b / (batch - 1) : seq_q; }
+  int64_t own_k(int64_t b) const { return packed ? seq_k * (batch - 1 - b) / (batch - 1) : seq_k; }
   int64_t queries() const { return batch * heads * seq_q; }
   int64_t keys() const { return batch * kv_heads * seq_k; }
   float scale() const { return 1.25f / std::sqrt(static_cast<float>(dim)); }
@@ -34,6 +38,8 @@ const Case kCases[]{
     {2, 4, 2, 19, 70, 8, 16, kNone, 0, Kind::padded, 8},
     {1, 4, 2, 67, 66, 40, 33, 50, 0, Kind::all, 1},  // rows that allow no whole access
     {2, 2, 1, 20, 35, 64, 128, kNone, 3, Kind::all, 0},
+    {4, 2, 1, 70, 140, 64, 64, kNone, 0, Kind::plain, 8, true},
+    {4, 4, 2, 37, 50, 40, 33, 30, 2, Kind::all, 1, true},
 };
 
 enum Input { kQ, kK, kV, kDout, kDlse, kBias, kSlopes, kSinks };
@@ -41,11 +47,53 @@ enum Input { kQ, kK, kV, kDout, kDlse, kBias, kSlopes, kSinks };
 // Which scores there are: of padding the same for all queries, else one in five is hidden.
 std::vector<unsigned char> mask_of(const Case& c) {
   std::vector<unsigned char> mask;
-  if (c.kind == Kind::plain) return mask;
+  if (c.kind == Kind::plain || c.packed) return mask;
   const int64_t rows = c.batch * (c.kind == Kind::all ? c.seq_q : 1);
   for (int64_t i = 0; i < rows * c.seq_k; ++i) mask.push_back(i * 7 % 5 != 0);
   return mask;
 }
+
+// Queries or keys of a case: how many a sequence has, has room for, and where it begins if packed.
+struct Side {
+  int64_t batch, heads, room;
+  std::vector<int32_t> ends;
+  bool packed;
+
+  static Side of(const Case& c, bool keys) {
+    Side side{c.batch, keys ? c.kv_heads : c.heads, keys ? c.seq_k : c.seq_q, {0}, c.packed};
+    for (int64_t b = 0; b < c.batch; ++b) {
+      const int64_t own = keys ? c.own_k(b) : c.own_q(b);
+      side.ends.push_back(side.ends.back() + static_cast<int32_t>(own));
+    }
+    return side;
+  }
+  // With one more, of no sequence.
+  int64_t rows() const { return packed ? ends.back() + 1 : 0; }
+  int64_t count() const { return heads * (packed ? rows() : batch * room); }
+
+  // Strides of batches, heads and rows that are so long.
+  std::tuple<int64_t, int64_t, int64_t> strides(int64_t row) const {
+    if (packed) return {heads * row, row, heads * row};
+    return {heads * room * row, room * row, row};
+  }
+
+  // Of [batch, heads, room, cols] as the launchers take it, or back: packed it is [rows, heads,
+  // cols], of numbers [heads, rows].
+  Values moved(const Values& from, int64_t cols, bool back, bool numbers = false) const {
+    if (!packed || from.empty()) return from;
+    const double rest = back ? 0 : NAN;
+    Values to(static_cast<size_t>((back ? batch * heads * room : count()) * cols), rest);
+    for (int64_t i = 0; i < batch * heads * room * cols; ++i) {
+      const int64_t row = i / cols % room, head = i / cols / room % heads;
+      const int64_t b = i / cols / room / heads, place = ends[b] + row;
+      if (place >= ends[b + 1]) continue;
+      const int64_t line = numbers ? head * rows() + place : place * heads + head;
+      const int64_t other = line * cols + i % cols;
+      back ? to[i] = from[other] : to[other] = from[i];
+    }
+    return to;
+  }
+};
 
 template <typename Real>
 class Formula {
@@ -80,13 +128,14 @@ class Formula {
     const int64_t query = row % c_.seq_q, head = row / c_.seq_q % c_.heads;
     const int64_t batch = row / c_.seq_q / c_.heads, group = c_.heads / c_.kv_heads;
     const int64_t first = (batch * c_.kv_heads + head / group) * c_.seq_k;
-    const int64_t own = query + c_.seq_k - c_.seq_q;
+    const int64_t own_k = c_.own_k(batch), own = query + own_k - c_.own_q(batch);
+    if (query >= c_.own_q(batch)) return;
     const bool all = c_.kind == Kind::all;
     std::vector<int64_t> seen;
     std::vector<Real> s, steep, p, dp;
     Real highest = all ? static_cast<Real>(in_[kSinks][head]) : -INFINITY;
     const Real sink = highest;
-    for (int64_t key = 0; key < c_.seq_k; ++key) {
+    for (int64_t key = 0; key < own_k; ++key) {
       if (c_.left >= 0 && key < own - c_.left) continue;
       if (c_.right >= 0 && key > own + c_.right) continue;
       const int64_t line = all ? batch * c_.seq_q + query : batch;
@@ -138,40 +187,40 @@ class Formula {
 };
 
 Run run(const Case& c, const std::vector<Values>& inputs, const Dropout& dropout, DType dtype) {
-  const auto strides = [&](int64_t heads, int64_t seq, int64_t cols, int64_t gap) {
-    const int64_t row = cols + gap;
-    return std::make_tuple(heads * seq * row, seq * row, row);
-  };
-  const auto apart = [&](Input i, int64_t rows, int64_t cols, int64_t gap) {
-    return Array(dtype, inputs[i], static_cast<size_t>(rows), static_cast<size_t>(cols + gap));
+  const Side queries = Side::of(c, false), keys = Side::of(c, true);
+  const auto apart = [&](Input i, const Side& side, int64_t cols, int64_t gap) {
+    return Array(dtype, side.moved(inputs[i], cols, false), static_cast<size_t>(side.count()),
+                 static_cast<size_t>(cols + gap));
   };
   const bool all = c.kind == Kind::all, masked = c.kind != Kind::plain;
-  const Array q = apart(kQ, c.queries(), c.dim, c.gap), k = apart(kK, c.keys(), c.dim, 2 * c.gap);
-  const Array v = apart(kV, c.keys(), c.v_dim, 3 * c.gap);
-  const Array dout = apart(kDout, c.queries(), c.v_dim, 4 * c.gap);
-  const Array dlse(DType::f32, inputs[kDlse]), bias(dtype, inputs[kBias]);
+  const Array q = apart(kQ, queries, c.dim, c.gap), k = apart(kK, keys, c.dim, 2 * c.gap);
+  const Array v = apart(kV, keys, c.v_dim, 3 * c.gap);
+  const Array dout = apart(kDout, queries, c.v_dim, 4 * c.gap);
+  const Array dlse(DType::f32, queries.moved(inputs[kDlse], 1, false, true));
+  const Array bias(dtype, inputs[kBias]);
   const Array slopes(DType::f32, inputs[kSlopes]), sinks(DType::f32, inputs[kSinks]);
   const Array mask(mask_of(c)), seeds(dropout.seeds), offsets(dropout.offsets);
-  const Array out(dtype, c.queries() * c.v_dim), dq(dtype, c.queries() * c.dim);
-  const Array dk(dtype, c.keys() * c.dim), dv(dtype, c.keys() * c.v_dim);
-  const Array highest(DType::f32, c.queries()), sum(DType::f32, c.queries());
-  const Array statistics(DType::f32, 3 * c.queries());
+  const Array ends_q(c.packed ? queries.ends : std::vector<int32_t>());
+  const Array ends_k(c.packed ? keys.ends : std::vector<int32_t>());
+  const Array out(dtype, queries.count() * c.v_dim), dq(dtype, queries.count() * c.dim);
+  const Array dk(dtype, keys.count() * c.dim), dv(dtype, keys.count() * c.v_dim);
+  const Array highest(DType::f32, queries.count()), sum(DType::f32, queries.count());
+  const Array statistics(DType::f32, 3 * queries.count());
   const Array ds(DType::f32, Values(static_cast<size_t>(all ? c.queries() * c.seq_k : 0)));
 
-  const auto given = std::make_tuple(q.at(), k.at(), v.at(), mask.at<uint8_t>(), bias.at(),
-                                     slopes.at<float>(), sinks.at(), c.batch, c.heads, c.kv_heads,
-                                     c.seq_q, c.seq_k, c.dim, c.v_dim);
-  const auto to_q = strides(c.heads, c.seq_q, c.dim, 0);
-  const auto to_out = strides(c.heads, c.seq_q, c.v_dim, 0);
-  const auto rows = std::tuple_cat(strides(c.heads, c.seq_q, c.dim, c.gap),
-                                   strides(c.kv_heads, c.seq_k, c.dim, 2 * c.gap),
-                                   strides(c.kv_heads, c.seq_k, c.v_dim, 3 * c.gap));
-  const auto of_dout = strides(c.heads, c.seq_q, c.v_dim, 4 * c.gap);
+  const auto given =
+      std::make_tuple(q.at(), k.at(), v.at(), mask.at<uint8_t>(), bias.at(), slopes.at<float>(),
+                      sinks.at(), ends_q.at<int32_t>(), ends_k.at<int32_t>(), c.batch, c.heads,
+                      c.kv_heads, c.seq_q, c.seq_k, c.dim, c.v_dim, queries.rows(), keys.rows());
+  const auto to_q = queries.strides(c.dim), to_out = queries.strides(c.v_dim);
+  const auto rows = std::tuple_cat(queries.strides(c.dim + c.gap), keys.strides(c.dim + 2 * c.gap),
+                                   keys.strides(c.v_dim + 3 * c.gap));
+  const auto of_dout = queries.strides(c.v_dim + 4 * c.gap);
   const int64_t line = all ? c.seq_k : 0;
   const auto options = std::tuple_cat(
-      std::make_tuple(masked ? (all ? c.seq_q : 1) * c.seq_k : 0, int64_t{0}, line,
-                      int64_t{masked}, int64_t{0}, c.seq_q * line, line, int64_t{all}, int64_t{0},
-                      int64_t{all}, c.left, c.right, c.softcap(), c.scale()),
+      std::make_tuple(masked ? (all ? c.seq_q : 1) * c.seq_k : 0, int64_t{0}, line, int64_t{masked},
+                      int64_t{0}, c.seq_q * line, line, int64_t{all}, int64_t{0}, int64_t{all},
+                      c.left, c.right, c.softcap(), c.scale()),
       arguments(dropout, seeds, offsets));
   const auto end = std::make_tuple(dtype, dtype, DType::f32, nullptr);
 
@@ -184,20 +233,23 @@ Run run(const Case& c, const std::vector<Values>& inputs, const Dropout& dropout
          given, to_q, of_dout, to_out, rows, options, std::make_tuple(all), end);
   launch("attention_keys_backward", attention_keys_backward,
          std::make_tuple(dk.at(), dv.at(), dout.at(), statistics.at<float>()), given,
-         strides(c.kv_heads, c.seq_k, c.dim, 0), strides(c.kv_heads, c.seq_k, c.v_dim, 0), of_dout,
-         rows, options, end);
+         keys.strides(c.dim), keys.strides(c.v_dim), of_dout, rows, options, end);
 
   Run run;
-  keep(run, "out", dtype, c.v_dim, out);
-  Values lse = highest.values();
-  const Values sums = sum.values();
+  const auto keep_rows = [&](const char* name, const Side& side, int64_t cols, const Array& array) {
+    keep(run, name, dtype, cols, array);
+    run.outputs.back().ours = side.moved(run.outputs.back().ours, cols, true);
+  };
+  keep_rows("out", queries, c.v_dim, out);
+  Values lse = queries.moved(highest.values(), 1, true, true);
+  const Values sums = queries.moved(sum.values(), 1, true, true);
   for (size_t i = 0; i < lse.size(); ++i) {  // -inf of no sum is told as 0
     lse[i] = sums[i] == 0 ? 0 : static_cast<float>(kLn2 * lse[i] + std::log(sums[i]));
   }
   run.outputs.push_back({"lse", DType::f32, 1, lse});
-  keep(run, "dq", dtype, c.dim, dq);
-  keep(run, "dk", dtype, c.dim, dk);
-  keep(run, "dv", dtype, c.v_dim, dv);
+  keep_rows("dq", queries, c.dim, dq);
+  keep_rows("dk", keys, c.dim, dk);
+  keep_rows("dv", keys, c.v_dim, dv);
   if (all) keep(run, "ds", DType::f32, c.seq_k, ds);
   return run;
 }
@@ -220,12 +272,13 @@ void attention() {
       for (double& slope : slopes) slope = 0.1 * std::abs(slope);
       const std::vector<Values> inputs{
           normal(dtype, c.queries() * c.dim, 1), normal(dtype, c.keys() * c.dim, 2),
-          normal(dtype, c.keys() * c.v_dim, 3), normal(dtype, c.queries() * c.v_dim, 4),
-          normal(DType::f32, c.queries(), 5), some(c.heads * c.seq_q * c.seq_k, 6),
-          rounded(DType::f32, slopes), some(c.heads, 8)};
+          normal(dtype, c.keys() * c.v_dim, 3),  normal(dtype, c.queries() * c.v_dim, 4),
+          normal(DType::f32, c.queries(), 5),    some(c.heads * c.seq_q * c.seq_k, 6),
+          rounded(DType::f32, slopes),           some(c.heads, 8)};
       const Size size{c.seq_q, c.seq_k, c.gap};
       report(
-          case_name("attention", dtype, size) + " of " + std::to_string(c.dim),
+          case_name("attention", dtype, size) + " of " + std::to_string(c.dim) +
+              (c.packed ? " packed" : ""),
           [&] { return run(c, inputs, dropout, dtype); },
           [&](const std::vector<Values>& given, bool single) {
             return single ? Formula<float>(c, given, kept, dtype).results()

@@ -1,6 +1,7 @@
 """Attention in CUDA C++ by the tensor cores of every GPU since Ampere, in fp16 and bf16."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,10 +25,25 @@ def _rows(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(stride for t in tensors for stride in broadcast_strides(t)[:3])
 
 
+def _packed_rows(*tensors: Tensor | None) -> tuple[int, ...]:
+    """The same of packed [total, heads, dim], where a step of the batch is a row."""
+    strides = ((0, 0) if t is None else broadcast_strides(t)[:2] for t in tensors)
+    return tuple(stride for row, head in strides for stride in (row, head, row))
+
+
 def _sizes(q: Tensor, v: Tensor) -> tuple[int, ...]:
+    """At the end how many rows are packed: none."""
     batch, heads, seq_q, dim = q.shape
     _, kv_heads, seq_k, v_dim = v.shape
-    return batch, heads, kv_heads, seq_q, seq_k, dim, v_dim
+    return batch, heads, kv_heads, seq_q, seq_k, dim, v_dim, 0, 0
+
+
+def _packed_sizes(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen_q: int, max_seqlen_k: int
+) -> tuple[int, ...]:
+    (rows_q, heads, dim), (rows_k, kv_heads, v_dim) = q.shape, v.shape
+    batch = len(cu_seqlens) - 1
+    return batch, heads, kv_heads, max_seqlen_q, max_seqlen_k, dim, v_dim, rows_q, rows_k
 
 
 def _options(
@@ -59,11 +75,38 @@ def attention_forward(
     out = _laid_out(q, v.shape[-1])
     highest = q.new_empty(q.shape[:3], dtype=torch.float32)
     total = torch.empty_like(highest)
-    tensors = out, highest, total, q, k, v, mask, bias, alibi_slopes, sinks
+    tensors = out, highest, total, q, k, v, mask, bias, alibi_slopes, sinks, None, None
     _cuda.attention_forward(
         *map(address, tensors), *_sizes(q, v), *_rows(out, q, k, v),
         *_options(
             mask, bias, alibi_slopes, left, right, softcap, scale, dropout_p, seeds, offsets, seed,
+            offset,
+        ),
+        *_dtypes(q, bias, sinks),
+    )  # fmt: skip
+    return out, highest, total
+
+
+def attention_varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, bias: Tensor | None, alibi_slopes: Tensor | None,
+    sinks: Tensor | None, left: int, right: int, softcap: float, scale: float, dropout_p: float,
+    seeds: Tensor | None, offsets: Tensor | None, seed: int, offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q [total_q, heads, dim], k, v [total_k, kv_heads, dim or v_dim], ends of sequences
+    [batch + 1], bias [batch or 1, heads or 1, max_seqlen_q, max_seqlen_k], slopes [batch, heads],
+    sinks [heads] -> out [total_q, heads, v_dim] laid out as q; highest, total [heads, total_q]."""
+    out = _laid_out(q, v.shape[-1]).zero_()  # past the last sequence nobody writes
+    highest = q.new_full((q.shape[1], len(q)), -math.inf, dtype=torch.float32)
+    total = torch.zeros_like(highest)
+    tensors = (
+        out, highest, total, q, k, v, None, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k
+    )  # fmt: skip
+    _cuda.attention_forward(
+        *map(address, tensors), *_packed_sizes(q, v, cu_seqlens_q, max_seqlen_q, max_seqlen_k),
+        *_packed_rows(out, q, k, v),
+        *_options(
+            None, bias, alibi_slopes, left, right, softcap, scale, dropout_p, seeds, offsets, seed,
             offset,
         ),
         *_dtypes(q, bias, sinks),
@@ -76,41 +119,88 @@ def attention_backward(
     bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, out: Tensor,
     highest: Tensor, total: Tensor, left: int, right: int, softcap: float, scale: float,
     dropout_p: float, seeds: Tensor | None, offsets: Tensor | None, seed: int, offset: int,
-    want_dq: bool, want_dk: bool, want_dv: bool, want_dbias: bool, want_dsinks: bool,
+    *wanted: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Shapes as in `attention_forward`, dlse [batch, heads, seq_q] -> dq, dk, dv, laid out as q, k
     and v, dbias and dsinks; what is not wanted is empty."""
-    dq = _laid_out(q, q.shape[-1]) if want_dq else None
-    statistics = q.new_empty(3, *q.shape[:3], dtype=torch.float32)
-    ds = None
-    if want_dbias:  # zero where no tile is seen
-        ds = q.new_zeros(*q.shape[:3], k.shape[2], dtype=torch.float32)
-    exact = want_dbias or (want_dsinks and sinks is not None and sinks.dtype == torch.float32)
-    given, dtypes = (q, k, v, mask, bias, alibi_slopes, sinks), _dtypes(q, bias, sinks)
+    given = (q, k, v, mask, bias, alibi_slopes, sinks, None, None)
     options = _options(
         mask, bias, alibi_slopes, left, right, softcap, scale, dropout_p, seeds, offsets, seed,
         offset,
     )  # fmt: skip
+    results = (out, highest, total)
+    return _differentiate(dout, dlse, results, given, _sizes(q, v), _rows, options, wanted)
+
+
+def attention_varlen_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, bias: Tensor | None,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, out: Tensor, highest: Tensor, total: Tensor,
+    left: int, right: int, softcap: float, scale: float, dropout_p: float, seeds: Tensor | None,
+    offsets: Tensor | None, seed: int, offset: int, *wanted: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Shapes as in `attention_varlen_forward`, dlse [heads, total_q] -> dq, dk, dv laid out as q,
+    k and v, dbias and dsinks; what is not wanted is empty."""
+    given = (q, k, v, None, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
+    options = _options(
+        None, bias, alibi_slopes, left, right, softcap, scale, dropout_p, seeds, offsets, seed,
+        offset,
+    )  # fmt: skip
+    sizes = _packed_sizes(q, v, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+    results = (out, highest, total)
+    return _differentiate(dout, dlse, results, given, sizes, _packed_rows, options, wanted)
+
+
+def _differentiate(
+    dout: Tensor, dlse: Tensor | None, results: tuple[Tensor, ...],
+    given: tuple[Tensor | None, ...], sizes: tuple[int, ...],
+    rows_of: Callable[..., tuple[int, ...]], options: tuple[int | float, ...],
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """dq, dk, dv, dbias and dsinks, from what the forward pass returned and was given."""
+    q, k, v, _, bias, _, sinks, ends, _ = given
+    out, highest, total = results
+    batch, heads, _, seq_q, seq_k, *_ = sizes
+    want_dq, want_dk, want_dv, want_dbias, want_dsinks = wanted
+
+    def unwritten(x: Tensor) -> Tensor:
+        dx = _laid_out(x, x.shape[-1])
+        return dx if ends is None else dx.zero_()  # of rows of no sequence
+
+    dq = unwritten(q) if want_dq else None
+    statistics = q.new_empty(3, *highest.shape, dtype=torch.float32)
+    ds = None
+    if want_dbias:  # zero where no tile is seen
+        ds = q.new_zeros(batch, heads, seq_q, seq_k, dtype=torch.float32)
+    exact = want_dbias or (want_dsinks and sinks is not None and sinks.dtype == torch.float32)
+    dtypes = _dtypes(q, bias, sinks)
     _cuda.attention_queries_backward(
         *map(address, (dq, statistics, ds, dout, dlse, out, highest, total, *given)),
-        *_sizes(q, v), *_rows(dq, dout, out, q, k, v), *options, exact, *dtypes,
+        *sizes, *rows_of(dq, dout, out, q, k, v), *options, exact, *dtypes,
     )  # fmt: skip
     dk = dv = dbias = dsinks = None
     if want_dk or want_dv:
-        dk, dv = _laid_out(k, k.shape[-1]), _laid_out(v, v.shape[-1])
+        dk, dv = unwritten(k), unwritten(v)
         _cuda.attention_keys_backward(
             *map(address, (dk, dv, dout, statistics, *given)),
-            *_sizes(q, v), *_rows(dk, dv, dout, q, k, v), *options, *dtypes,
+            *sizes, *rows_of(dk, dv, dout, q, k, v), *options, *dtypes,
         )  # fmt: skip
     if ds is not None and bias is not None:
         dbias = ds.sum_to_size(bias.shape).to(bias.dtype)
     if want_dsinks and sinks is not None:
-        highest, part, delta = statistics
-        p = torch.exp2(LOG2_E * sinks.float()[:, None] - highest) * part
-        dsinks = -(p * delta).sum((0, 2)).to(sinks.dtype)
+        dsinks = _of_sinks(sinks, statistics, total)
     grads = zip((dq, dk, dv), (want_dq, want_dk, want_dv), strict=True)
     grads = (t if wanted else None for t, wanted in grads)
     return tuple(q.new_empty(0) if t is None else t for t in (*grads, dbias, dsinks))
+
+
+def _of_sinks(sinks: Tensor, statistics: Tensor, total: Tensor) -> Tensor:
+    """The gradient of sinks [heads]; statistics [3, ...] and total are [heads, rows], before which
+    there may be batches."""
+    highest, part, delta = statistics
+    p = torch.exp2(LOG2_E * sinks.float()[:, None] - highest) * part
+    of_rows = (p * delta).where(total > 0, 0.0)  # those of no sequence are unwritten
+    return -of_rows.sum_to_size(len(sinks), 1)[:, 0].to(sinks.dtype)
 
 
 # --- Decoding, from a cache.

@@ -17,7 +17,7 @@ from tilewise.op import OPS, Op
 ROOMS = ("cuda", "triton")  # what needs a GPU
 RESULTS = Path("benchmarks/results")
 
-# A launcher's declaration; what surrounds it in launchers.h is shared by all.
+# A launcher's declaration; what surrounds it in its header is shared by all.
 LAUNCHER = re.compile(r"(?:^//[^\n]*\n)*^cudaError_t\s+(\w+)\([^;]*\);\n", re.MULTILINE)
 INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"', re.MULTILINE)
 LAUNCH = re.compile(r"\b_cuda\.(\w+)\(")
@@ -103,14 +103,14 @@ def kernel_sources(op: Op, room: str, root: Path) -> dict[str, str]:
         compiled = set(_files(root / "csrc" / "cuda" / stem, ".cu")) | _launched(files, root)
         files |= {root / "CMakeLists.txt", *_with_includes(list(compiled), root)}
     texts = {str(file.relative_to(root)): file.read_text() for file in files}
-    launchers = "csrc/launchers.h"
-    if launchers in texts:
-        rest = "".join(text for name, text in texts.items() if name.endswith(".cu"))
-        mine = LAUNCHER.sub(
-            lambda found: found[0] if re.search(rf"\b{found[1]}\b", rest) else "",
-            texts[launchers],
-        )
-        texts[launchers] = re.sub(r"\n\n+", "\n", mine)
+    rest = "".join(text for name, text in texts.items() if name.endswith(".cu"))
+    for launchers in ("csrc/launchers.h", "csrc/attention_launchers.h"):
+        if launchers in texts:
+            mine = LAUNCHER.sub(
+                lambda found: found[0] if re.search(rf"\b{found[1]}\b", rest) else "",
+                texts[launchers],
+            )
+            texts[launchers] = re.sub(r"\n\n+", "\n", mine)
     return texts
 
 

@@ -1,12 +1,12 @@
 """Packed sequences: each is attention by itself, and nothing beyond them is ever seen."""
 
 from functools import partial
-from itertools import pairwise
 
 import pytest
 import torch
 from attention_cases import near
 from cases import DEVICE, label
+from packed_cases import EVERY, INF, OPTIONS, VARLEN, able, packed, randn, same, with_gradients
 from pairs import all_pairs
 
 from tilewise import (
@@ -16,51 +16,8 @@ from tilewise import (
     attention_with_lse,
 )
 from tilewise.check import check, failures
-from tilewise.choice import refusal
 from tilewise.op import OPS
 from tilewise.rng import keep_mask
-
-INF, NAN = float("inf"), float("nan")
-VARLEN = OPS["attention_varlen"]
-EVERY = pytest.mark.parametrize("backend", [*VARLEN.backends, "reference"])
-LENGTHS = ((3, 5), (0, 2), (7, 4), (2, 0), (20, 33))
-
-
-def packed(lengths=LENGTHS, *, heads=4, kv_heads=2, dim=8, v_dim=6, past=0, dtype=torch.float32):
-    """q, k, v, where the sequences end, and the longest, by name; each laid out in its own way."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
-
-    ends = [torch.tensor([0, *(pair[i] for pair in lengths)]).cumsum(0).int() for i in (0, 1)]
-    total_q, total_k = (int(e[-1]) + past for e in ends)
-    q = normal(heads, total_q, dim).transpose(0, 1)
-    k = normal(total_k, 3, kv_heads, dim)[:, 1]
-    v = normal(total_k, kv_heads, v_dim + 5)[..., 5:]
-    longest = [max((pair[i] for pair in lengths), default=0) for i in (0, 1)]
-    return q, k, v, *(e.to(DEVICE) for e in ends), *longest
-
-
-def able(backend, q, k, v, ends_q, ends_k, longest_q, longest_k, bias=None, sinks=None, **options):
-    options |= {"max_seqlen_q": longest_q, "max_seqlen_k": longest_k}
-    tensors = (q, k, v, ends_q, ends_k, bias, sinks)
-    if backend != "reference" and (no := refusal(VARLEN.backends[backend], *tensors, **options)):
-        pytest.skip(f"{backend}: {no[1]}")
-
-
-def with_gradients(backend, *arguments, **options):
-    """out, lse, and the gradients of q, k, v, of the bias and of the sinks where there are any."""
-    able(backend, *arguments, **options)
-    leaves = [
-        t.detach().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
-        for t in arguments
-    ]
-    out, lse = attention_varlen_with_lse(*leaves, **options, backend=backend)
-    wanted = [t for t in leaves if isinstance(t, torch.Tensor) and t.requires_grad]
-    cotangent = torch.linspace(-1, 1, out.numel(), device=DEVICE).to(out.dtype).view(out.shape)
-    loss = (out * cotangent).sum() + lse.masked_fill(lse == -INF, 0).square().sum()
-    return [out.detach(), lse.detach(), *torch.autograd.grad(loss, wanted)]
 
 
 def one_by_one(arguments, **options):
@@ -91,86 +48,12 @@ def one_by_one(arguments, **options):
     return [out.detach(), lse.detach(), *grads]
 
 
-def randn(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
-
-
-OPTIONS = {
-    "plain": ((), {}),
-    "causal": ((), {"causal": True}),
-    "window": ((), {"window": (3, 1)}),
-    "bias": ((randn(5, 1, 20, 33),), {}),
-    "bias of heads": ((randn(1, 4, 20, 33),), {"causal": True}),
-    "sinks": ((None, randn(4)), {"causal": True}),
-    "slopes": ((), {"alibi_slopes": randn(4).abs(), "softcap": 2.0}),
-    "slopes of each": ((), {"alibi_slopes": randn(5, 4).abs(), "scale": -0.4}),
-    "all": ((randn(5, 4, 20, 33), randn(4)),
-            {"alibi_slopes": randn(5, 4).abs(), "softcap": 2.0, "window": (9, 2), "causal": True}),
-}  # fmt: skip
-
-
-def same(ours, expected):
-    near([t.nan_to_num(neginf=-99) for t in ours], [t.nan_to_num(neginf=-99) for t in expected])
-
-
 @EVERY
 @pytest.mark.parametrize("name", OPTIONS)
 def test_each_sequence_is_attention_by_itself(backend, name):
     more, options = OPTIONS[name]
     arguments = (*packed(), *more)
     same(with_gradients(backend, *arguments, **options), one_by_one(arguments, **options))
-
-
-@EVERY
-@pytest.mark.parametrize("poison", [NAN, INF])
-@pytest.mark.parametrize("name", ["plain", "all"])
-def test_what_lies_past_the_last_sequence_is_never_seen(backend, poison, name):
-    more, options = OPTIONS[name]
-    clean = with_gradients(backend, *packed(past=3), *more, **options)
-    q, k, v, *rest = packed(past=3)
-    for t in (q, k, v):
-        t[-3:] = poison
-    more = [t.clone() for t in more]
-    for bias in more[:1]:
-        for b, (seq_q, seq_k) in enumerate(LENGTHS):
-            bias[b, :, seq_q:] = poison
-            bias[b, :, :, seq_k:] = poison
-    ours = with_gradients(backend, q, k, v, *rest, *more, **options)
-    assert all(torch.equal(a, b) for a, b in zip(ours, clean, strict=True))
-    out, lse, *grads = ours
-    assert not out[-3:].any() and bool((lse[:, -3:] == -INF).all())
-    assert not any(g[-3:].any() for g in grads[:3])
-    if more:
-        assert not any(grads[3][b, :, n:].any() for b, (n, _) in enumerate(LENGTHS))
-
-
-@EVERY
-def test_the_longest_may_be_said_too_long_or_too_short(backend):
-    *tensors, longest_q, longest_k = packed()
-    whole = with_gradients(backend, *tensors, longest_q, longest_k, causal=True)
-    same(with_gradients(backend, *tensors, longest_q + 9, longest_k + 70, causal=True), whole)
-    out = with_gradients(backend, *tensors, 4, longest_k)[0]
-    full = with_gradients(backend, *tensors, longest_q, longest_k)[0]
-    ends = tensors[3].tolist()
-    kept = torch.zeros(len(out), dtype=torch.bool, device=DEVICE)
-    for begin, end in pairwise(ends):
-        kept[begin : min(begin + 4, end)] = True
-    near([out[kept]], [full[kept]])
-    assert not out[~kept].any()
-
-
-@EVERY
-@pytest.mark.parametrize(
-    "ends",
-    [(0, 3, 900, 32), (0, 5, 3, 20), (-7, 3, 20, 32), (0, 3, 20, 2**31 - 1), (40, 50, 60, 70)],
-)  # fmt: skip
-@pytest.mark.parametrize("which", [3, 4])
-def test_wrong_ends_lead_nowhere_else(backend, ends, which):
-    """Nothing is read or written beyond the tensors: what is left is some answer."""
-    arguments = list(packed(((3, 3), (17, 17), (12, 12))))
-    arguments[which] = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
-    out, *_, dv = with_gradients(backend, *arguments)
-    assert bool(out.isfinite().all()) and bool(dv.isfinite().all())
 
 
 @EVERY
@@ -298,7 +181,7 @@ def with_gradients_of(backend, arguments, options, call):
     return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
 
 
-@pytest.mark.parametrize("backend", ["numba", "reference"])
+@EVERY
 def test_autocast_lowers_the_precision(backend):
     q, k, v, *rest = packed()
     able(backend, q, k, v, *rest)

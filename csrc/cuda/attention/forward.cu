@@ -9,7 +9,8 @@ namespace {
 
 // How many times 16 queries a warp has, and keys of a tile. nvcc 13.0 has no spills on sm_80, 90a,
 // 100a and 120. Registers, the most of these four, and shared bytes of a block, for heads of 32, 64
-// and 128: 223, 236, 254 and 30720, 55296, 69632; scored 214, 228, 192 and 25600, 46080, 52224.
+// and 128: 216, 238, 249 and 30720, 55296, 69632; scored 199, 228, 193 and 25600, 46080, 52224. Of
+// packed sequences: 238, 244, 255; scored 220, 229, 197.
 template <int kDim, bool kScored>
 struct Shape {
   static constexpr int kDown = kScored ? 1 : 2, kKeys = kDim <= 64 ? 64 : 32;
@@ -40,7 +41,7 @@ struct Work {
 
   __device__ Work(const Forward<T>& f, Shared<T, kDim, kScored>& shared, const Block& block)
       : f(f),
-        scores(f.a, block.batch, block.head),
+        scores(f.a, block, block.head),
         kept(f.a.options.dropout, block.index, f.a.size.seq_q),
         shared(shared),
         query0(block.tile * Shape<kDim, kScored>::kQueries),
@@ -110,7 +111,6 @@ struct Work {
   }
 
   __device__ void end(const Block& block) {
-    const Sizes& size = f.a.size;
     const float factor = f.a.template factor<kScored>();
     const float kept_scale = f.a.options.dropout.threshold ? f.a.options.dropout.scale : 1.f;
 #pragma unroll
@@ -126,47 +126,47 @@ struct Work {
         sums[m][n][half + 1] *= part;
       }
       const int query = query0 + row + 16 * m + 4 * half + threadIdx.x % kWarpSize / 4;
-      if (threadIdx.x % 4 == 0 && query < size.seq_q) {
-        const int64_t place = block.index * size.seq_q + query;
+      if (threadIdx.x % 4 == 0 && query < block.seq_q) {
+        const int64_t place = f.a.lines.of(block.first_q, block.head) + query;
         f.highest[place] = highest[m][i % 2] * factor;
         f.total[place] = sum;
       }
     }
-    put_rows<!kScored>(f.out.of(block.batch, block.head), f.out.row, sums, shared.q, row, query0,
-                       size.seq_q, size.v_dim, f.a.wide);
+    put_rows<!kScored>(f.out.of(block.first_q, block.head), f.out.row, sums, shared.q, row, query0,
+                       block.seq_q, f.a.size.v_dim, f.a.wide);
   }
 };
 
+// What a block does.
 template <typename T, int kDim, bool kScored>
-__global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
-    forward_kernel(const Forward<T> f) {
+__device__ void forward(const Forward<T>& f, Block block) {
   constexpr int kQueries = Shape<kDim, kScored>::kQueries, kKeys = Shape<kDim, kScored>::kKeys;
   auto& shared = *reinterpret_cast<Shared<T, kDim, kScored>*>(dynamic_shared());
   const Attention<T>& a = f.a;
   const Sizes& size = a.size;
-  const int tiles = (size.seq_q + kQueries - 1) / kQueries;
-  const Block block(size.batch, size.heads, tiles, a.options.right >= 0);
+  const int tiles = (block.seq_q + kQueries - 1) / kQueries;
+  if (!block.take(tiles, a.options.right >= 0)) return;
   const int query0 = block.tile * kQueries;
-  const Reach keys(query0, min(query0 + kQueries, size.seq_q) - 1, a.ahead(), a.options.left,
-                  a.options.right, size.seq_k, kKeys);
+  const Reach keys(query0, min(query0 + kQueries, block.seq_q) - 1, block.ahead(), a.options.left,
+                   a.options.right, block.seq_k, kKeys);
   uint32_t kv_head = block.head / a.group();
   Work<T, kDim, kScored> work(f, shared, block);
   const auto stream = [&](int n) {
     forget(kv_head);  // no registers for where keys and values begin
-    const T* k = a.k.of(block.batch, kv_head);
-    const T* v = a.v.of(block.batch, kv_head);
+    const T* k = a.k.of(block.first_k, kv_head);
+    const T* v = a.v.of(block.first_k, kv_head);
     const int key0 = keys.at(n) * kKeys;
     const uint8_t* shown = kScored ? work.scores.shown : nullptr;
     const int64_t apart = a.options.mask_strides.col;
-    fetch<!kScored>(shared.k[n % 2], k, a.k.row, key0, size.seq_k, size.dim, a.wide, shown, apart);
-    fetch<!kScored>(shared.v[n % 2], v, a.v.row, key0, size.seq_k, size.v_dim, a.wide, shown,
+    fetch<!kScored>(shared.k[n % 2], k, a.k.row, key0, block.seq_k, size.dim, a.wide, shown, apart);
+    fetch<!kScored>(shared.v[n % 2], v, a.v.row, key0, block.seq_k, size.v_dim, a.wide, shown,
                     apart);
     copy_async_commit();
   };
 
   const int whole = kScored ? 0 : keys.whole(), count = keys.count();
   if (count > 0) {
-    fetch<!kScored>(shared.q, a.q.of(block.batch, block.head), a.q.row, query0, size.seq_q,
+    fetch<!kScored>(shared.q, a.q.of(block.first_q, block.head), a.q.row, query0, block.seq_q,
                     size.dim, a.wide);
     stream(0);
     copy_async_wait<0>();
@@ -191,12 +191,25 @@ __global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
   work.end(block);
 }
 
+template <typename T, int kDim, bool kScored>
+__global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
+    forward_kernel(const Forward<T> f) {
+  forward<T, kDim, kScored>(f, Block(f.a.size, f.a.size.heads));
+}
+
+template <typename T, int kDim, bool kScored>
+__global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
+    packed_forward_kernel(const Forward<T> f, const Packed packed) {
+  forward<T, kDim, kScored>(f, Block(f.a.size, f.a.size.heads, packed));
+}
+
 }  // namespace
 
 cudaError_t attention_forward(
     void* out, float* highest, float* total, const void* q, const void* k, const void* v,
-    const uint8_t* mask, const void* bias, const float* slopes, const void* sinks, int64_t batch,
-    int64_t heads, int64_t kv_heads, int64_t seq_q, int64_t seq_k, int64_t dim, int64_t v_dim,
+    const uint8_t* mask, const void* bias, const float* slopes, const void* sinks,
+    const int32_t* ends_q, const int32_t* ends_k, int64_t batch, int64_t heads, int64_t kv_heads,
+    int64_t seq_q, int64_t seq_k, int64_t dim, int64_t v_dim, int64_t rows_q, int64_t rows_k,
     int64_t out_batch, int64_t out_head, int64_t out_row, int64_t q_batch, int64_t q_head,
     int64_t q_row, int64_t k_batch, int64_t k_head, int64_t k_row, int64_t v_batch, int64_t v_head,
     int64_t v_row, int64_t mask_batch, int64_t mask_head, int64_t mask_query, int64_t mask_key,
@@ -205,35 +218,37 @@ cudaError_t attention_forward(
     float scale, int64_t threshold, float kept_scale, const int64_t* seeds, const int64_t* offsets,
     int64_t seed_stride, int64_t offset_stride, int64_t seed, int64_t offset, DType dtype,
     DType bias_dtype, DType sinks_dtype, cudaStream_t stream) {
-  const Options options{mask,
-                        {mask_batch, mask_head, mask_query, mask_key},
-                        bias,
-                        {bias_batch, bias_head, bias_query, bias_key},
-                        slopes,
-                        slopes_batch,
-                        slopes_head,
-                        sinks,
-                        bias_dtype == DType::f32,
-                        sinks_dtype == DType::f32,
-                        limit_of(left),
-                        limit_of(right),
-                        softcap,
-                        {threshold, kept_scale, seeds, offsets, seed_stride, offset_stride, seed,
-                         offset}};
+  const Options options{
+      mask,
+      {mask_batch, mask_head, mask_query, mask_key},
+      bias,
+      {bias_batch, bias_head, bias_query, bias_key},
+      slopes,
+      slopes_batch,
+      slopes_head,
+      sinks,
+      bias_dtype == DType::f32,
+      sinks_dtype == DType::f32,
+      limit_of(left),
+      limit_of(right),
+      softcap,
+      {threshold, kept_scale, seeds, offsets, seed_stride, offset_stride, seed, offset}};
+  const Packed packed{ends_q, ends_k, rows_q, rows_k};
   Sizes size;
   if (!are_like(dtype, bias_dtype, sinks_dtype) ||
       !sizes_of(size, batch, heads, kv_heads, seq_q, seq_k, dim, v_dim)) {
     return cudaErrorInvalidValue;
   }
-  const bool wide = can_vectorise<8>(addresses(out, q, k, v), dim, v_dim, out_batch, out_head,
-                                     out_row, q_batch, q_head, q_row, k_batch, k_head, k_row,
-                                     v_batch, v_head, v_row);
+  const bool wide =
+      can_vectorise<8>(addresses(out, q, k, v), dim, v_dim, out_batch, out_head, out_row, q_batch,
+                       q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row);
   return for_half(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     const Forward<T> f{{{static_cast<const T*>(q), q_batch, q_head, q_row},
                         {static_cast<const T*>(k), k_batch, k_head, k_row},
                         {static_cast<const T*>(v), v_batch, v_head, v_row},
                         size,
+                        lines_of(size, packed),
                         options,
                         scale,
                         wide},
@@ -246,9 +261,15 @@ cudaError_t attention_forward(
     return for_width(size, is_scored(f.a), [&](auto width, auto scored) {
       constexpr int kDim = decltype(width)::value;
       constexpr bool kScored = decltype(scored)::value;
+      constexpr int kQueries = Shape<kDim, kScored>::kQueries;
+      constexpr int64_t kShared = sizeof(Shared<T, kDim, kScored>);
+      if (ends_q) {
+        return launch_tiles(packed_forward_kernel<T, kDim, kScored>, batch * heads,
+                            tiles_of(std::min(seq_q, rows_q), kQueries), kShared, stream, f,
+                            packed);
+      }
       return launch_tiles(forward_kernel<T, kDim, kScored>, batch * heads,
-                          tiles_of(seq_q, Shape<kDim, kScored>::kQueries),
-                          sizeof(Shared<T, kDim, kScored>), stream, f);
+                          tiles_of(seq_q, kQueries), kShared, stream, f);
     });
   });
 }

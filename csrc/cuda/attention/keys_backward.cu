@@ -13,8 +13,9 @@ struct Backward {
   const float* statistics;
 };
 
-// As in forward.cu; registers and shared bytes for heads of 32, 64 and 128: 190, 216, 245 and
-// 32256, 56832, 70400; scored 239, 255, 249.
+// As in forward.cu; registers and shared bytes for heads of 32, 64 and 128: 187, 223, 245 and
+// 32256, 56832, 70400; scored 240, 255, 249. Of packed sequences: 190, 226, 245; scored 254, 255,
+// 246.
 template <int kDim>
 struct Shape {
   static constexpr int kDown = 1, kQueries = kDim <= 64 ? 64 : 32;
@@ -56,7 +57,7 @@ struct Work {
     multiply_across<T>(ds, shared.dout[buffer], [&](uint32_t(&a)[4], int m, int k) {
       load_rows(a, shared.v, row + 16 * m, 16 * k);
     });
-    const Scores<T> scores(b.a, block.batch, head);
+    const Scores<T> scores(b.a, block, head);
     const Kept kept(b.a.options.dropout, int64_t{block.batch} * b.a.size.heads + head,
                     b.a.size.seq_q);
     const int col = 2 * (threadIdx.x % 4);
@@ -80,10 +81,10 @@ struct Work {
       dk[m][n][e] *= b.a.scale;
       if (kScored) dv[m][n][e] *= kept_scale;
     }
-    put_rows<!kScored>(b.dk.of(block.batch, block.head), b.dk.row, dk, shared.k, row, key0,
-                       b.a.size.seq_k, b.a.size.dim, b.a.wide);
-    put_rows<!kScored>(b.dv.of(block.batch, block.head), b.dv.row, dv, shared.v, row, key0,
-                       b.a.size.seq_k, b.a.size.v_dim, b.a.wide);
+    put_rows<!kScored>(b.dk.of(block.first_k, block.head), b.dk.row, dk, shared.k, row, key0,
+                       block.seq_k, b.a.size.dim, b.a.wide);
+    put_rows<!kScored>(b.dv.of(block.first_k, block.head), b.dv.row, dv, shared.v, row, key0,
+                       block.seq_k, b.a.size.v_dim, b.a.wide);
   }
 };
 
@@ -100,38 +101,36 @@ __device__ void fetch_statistics(float (&to)[kStatistics][kQueries], const float
   }
 }
 
+// What a block does.
 template <typename T, int kDim, bool kScored>
-__global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
-    keys_backward_kernel(const Backward<T> b) {
+__device__ void backward(const Backward<T>& b, Block block) {
   constexpr int kQueries = Shape<kDim>::kQueries, kKeys = Shape<kDim>::kKeys;
   auto& shared = *reinterpret_cast<Shared<T, kDim>*>(dynamic_shared());
   const Attention<T>& a = b.a;
   const Sizes& size = a.size;
-  const int tiles = (size.seq_k + kKeys - 1) / kKeys;
-  const Block block(size.batch, size.kv_heads, tiles, false);
+  if (!block.take((block.seq_k + kKeys - 1) / kKeys, false)) return;
   const int key0 = block.tile * kKeys, group = a.group();
-  const Reach queries(key0, min(key0 + kKeys, size.seq_k) - 1, -a.ahead(), a.options.right,
-                      a.options.left, size.seq_q, kQueries);
+  const Reach queries(key0, min(key0 + kKeys, block.seq_k) - 1, -block.ahead(), a.options.right,
+                      a.options.left, block.seq_q, kQueries);
   const int whole = kScored ? 0 : queries.whole(), count = queries.count();
   Work<T, kDim, kScored> work(b, shared, block);
   const auto stream = [&](int head, int n, int buffer) {
     const int query0 = queries.at(n) * kQueries;
-    fetch<!kScored>(shared.q[buffer], a.q.of(block.batch, head), a.q.row, query0, size.seq_q,
+    fetch<!kScored>(shared.q[buffer], a.q.of(block.first_q, head), a.q.row, query0, block.seq_q,
                     size.dim, a.wide);
-    fetch<!kScored>(shared.dout[buffer], b.dout.of(block.batch, head), b.dout.row, query0,
-                    size.seq_q, size.v_dim, a.wide);
-    const int64_t all = int64_t{size.batch} * size.heads * size.seq_q;
-    fetch_statistics(shared.statistics[buffer], b.statistics, all,
-                     (int64_t{block.batch} * size.heads + head) * size.seq_q, query0, size.seq_q);
+    fetch<!kScored>(shared.dout[buffer], b.dout.of(block.first_q, head), b.dout.row, query0,
+                    block.seq_q, size.v_dim, a.wide);
+    fetch_statistics(shared.statistics[buffer], b.statistics, a.lines.count,
+                     a.lines.of(block.first_q, head), query0, block.seq_q);
     copy_async_commit();
   };
 
   const int head0 = block.head * group;
   int buffer = 0;
   if (count > 0) {
-    fetch<!kScored>(shared.k, a.k.of(block.batch, block.head), a.k.row, key0, size.seq_k, size.dim,
-                    a.wide);
-    fetch<!kScored>(shared.v, a.v.of(block.batch, block.head), a.v.row, key0, size.seq_k,
+    fetch<!kScored>(shared.k, a.k.of(block.first_k, block.head), a.k.row, key0, block.seq_k,
+                    size.dim, a.wide);
+    fetch<!kScored>(shared.v, a.v.of(block.first_k, block.head), a.v.row, key0, block.seq_k,
                     size.v_dim, a.wide);
     stream(head0, 0, 0);
   }
@@ -154,51 +153,66 @@ __global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
   work.end();
 }
 
+template <typename T, int kDim, bool kScored>
+__global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
+    keys_backward_kernel(const Backward<T> b) {
+  backward<T, kDim, kScored>(b, Block(b.a.size, b.a.size.kv_heads));
+}
+
+template <typename T, int kDim, bool kScored>
+__global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
+    packed_keys_backward_kernel(const Backward<T> b, const Packed packed) {
+  backward<T, kDim, kScored>(b, Block(b.a.size, b.a.size.kv_heads, packed));
+}
+
 }  // namespace
 
 cudaError_t attention_keys_backward(
     void* dk, void* dv, const void* dout, const float* statistics, const void* q, const void* k,
     const void* v, const uint8_t* mask, const void* bias, const float* slopes, const void* sinks,
-    int64_t batch, int64_t heads, int64_t kv_heads, int64_t seq_q, int64_t seq_k, int64_t dim,
-    int64_t v_dim, int64_t dk_batch, int64_t dk_head, int64_t dk_row, int64_t dv_batch,
-    int64_t dv_head, int64_t dv_row, int64_t dout_batch, int64_t dout_head, int64_t dout_row,
-    int64_t q_batch, int64_t q_head, int64_t q_row, int64_t k_batch, int64_t k_head, int64_t k_row,
-    int64_t v_batch, int64_t v_head, int64_t v_row, int64_t mask_batch, int64_t mask_head,
-    int64_t mask_query, int64_t mask_key, int64_t bias_batch, int64_t bias_head, int64_t bias_query,
-    int64_t bias_key, int64_t slopes_batch, int64_t slopes_head, int64_t left, int64_t right,
-    float softcap, float scale, int64_t threshold, float kept_scale, const int64_t* seeds,
-    const int64_t* offsets, int64_t seed_stride, int64_t offset_stride, int64_t seed,
-    int64_t offset, DType dtype, DType bias_dtype, DType sinks_dtype, cudaStream_t stream) {
-  const Options options{mask,
-                        {mask_batch, mask_head, mask_query, mask_key},
-                        bias,
-                        {bias_batch, bias_head, bias_query, bias_key},
-                        slopes,
-                        slopes_batch,
-                        slopes_head,
-                        sinks,
-                        bias_dtype == DType::f32,
-                        sinks_dtype == DType::f32,
-                        limit_of(left),
-                        limit_of(right),
-                        softcap,
-                        {threshold, kept_scale, seeds, offsets, seed_stride, offset_stride, seed,
-                         offset}};
+    const int32_t* ends_q, const int32_t* ends_k, int64_t batch, int64_t heads, int64_t kv_heads,
+    int64_t seq_q, int64_t seq_k, int64_t dim, int64_t v_dim, int64_t rows_q, int64_t rows_k,
+    int64_t dk_batch, int64_t dk_head, int64_t dk_row, int64_t dv_batch, int64_t dv_head,
+    int64_t dv_row, int64_t dout_batch, int64_t dout_head, int64_t dout_row, int64_t q_batch,
+    int64_t q_head, int64_t q_row, int64_t k_batch, int64_t k_head, int64_t k_row, int64_t v_batch,
+    int64_t v_head, int64_t v_row, int64_t mask_batch, int64_t mask_head, int64_t mask_query,
+    int64_t mask_key, int64_t bias_batch, int64_t bias_head, int64_t bias_query, int64_t bias_key,
+    int64_t slopes_batch, int64_t slopes_head, int64_t left, int64_t right, float softcap,
+    float scale, int64_t threshold, float kept_scale, const int64_t* seeds, const int64_t* offsets,
+    int64_t seed_stride, int64_t offset_stride, int64_t seed, int64_t offset, DType dtype,
+    DType bias_dtype, DType sinks_dtype, cudaStream_t stream) {
+  const Options options{
+      mask,
+      {mask_batch, mask_head, mask_query, mask_key},
+      bias,
+      {bias_batch, bias_head, bias_query, bias_key},
+      slopes,
+      slopes_batch,
+      slopes_head,
+      sinks,
+      bias_dtype == DType::f32,
+      sinks_dtype == DType::f32,
+      limit_of(left),
+      limit_of(right),
+      softcap,
+      {threshold, kept_scale, seeds, offsets, seed_stride, offset_stride, seed, offset}};
+  const Packed packed{ends_q, ends_k, rows_q, rows_k};
   Sizes size;
   if (!are_like(dtype, bias_dtype, sinks_dtype) ||
       !sizes_of(size, batch, heads, kv_heads, seq_q, seq_k, dim, v_dim)) {
     return cudaErrorInvalidValue;
   }
-  const bool wide = can_vectorise<8>(
-      addresses(dk, dv, dout, q, k, v), dim, v_dim, dk_batch, dk_head, dk_row, dv_batch,
-      dv_head, dv_row, dout_batch, dout_head, dout_row, q_batch, q_head, q_row, k_batch,
-      k_head, k_row, v_batch, v_head, v_row);
+  const bool wide =
+      can_vectorise<8>(addresses(dk, dv, dout, q, k, v), dim, v_dim, dk_batch, dk_head, dk_row,
+                       dv_batch, dv_head, dv_row, dout_batch, dout_head, dout_row, q_batch, q_head,
+                       q_row, k_batch, k_head, k_row, v_batch, v_head, v_row);
   return for_half(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     const Backward<T> b{{{static_cast<const T*>(q), q_batch, q_head, q_row},
                          {static_cast<const T*>(k), k_batch, k_head, k_row},
                          {static_cast<const T*>(v), v_batch, v_head, v_row},
                          size,
+                         lines_of(size, packed),
                          options,
                          scale,
                          wide},
@@ -207,10 +221,15 @@ cudaError_t attention_keys_backward(
                         {static_cast<const T*>(dout), dout_batch, dout_head, dout_row},
                         statistics};
     return for_width(size, is_scored(b.a), [&](auto width, auto scored) {
-      constexpr int kDim = decltype(width)::value;
-      return launch_tiles(keys_backward_kernel<T, kDim, decltype(scored)::value>,
-                          batch * kv_heads, tiles_of(seq_k, Shape<kDim>::kKeys),
-                          sizeof(Shared<T, kDim>), stream, b);
+      constexpr int kDim = decltype(width)::value, kKeys = Shape<kDim>::kKeys;
+      constexpr bool kScored = decltype(scored)::value;
+      constexpr int64_t kShared = sizeof(Shared<T, kDim>);
+      if (ends_q) {
+        return launch_tiles(packed_keys_backward_kernel<T, kDim, kScored>, batch * kv_heads,
+                            tiles_of(std::min(seq_k, rows_k), kKeys), kShared, stream, b, packed);
+      }
+      return launch_tiles(keys_backward_kernel<T, kDim, kScored>, batch * kv_heads,
+                          tiles_of(seq_k, kKeys), kShared, stream, b);
     });
   });
 }

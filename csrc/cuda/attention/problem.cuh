@@ -41,11 +41,40 @@ struct Sizes {
   int batch, heads, kv_heads, seq_q, seq_k, dim, v_dim;
 };
 
+// Where sequences that are packed one after the other begin and end, among so many rows. Without
+// ends none are packed.
+struct Packed {
+  const int32_t *ends_q, *ends_k;
+  int64_t rows_q, rows_k;
+};
+
+// The rows of one of them, of which no more than `longest` count. Wrong ends lead to no other rows
+// than there are.
+struct Sequence {
+  int first, count;
+
+  __device__ Sequence(const int32_t* ends, int64_t rows, int number, int longest) {
+    const int64_t begin = ends[number], end = min(int64_t{ends[number + 1]}, rows);
+    const bool there = begin >= 0 && begin < end;
+    first = there ? static_cast<int>(begin) : 0;
+    count = there ? static_cast<int>(min(end - begin, int64_t{longest})) : 0;
+  }
+};
+
+// Of numbers that are [batch, heads, seq_q], how far apart batches and heads are, and how many
+// there are; of packed sequences they are [heads, rows_q], and a step of the batch is a row.
+struct Lines {
+  int64_t batch, head, count;
+
+  __device__ int64_t of(int64_t b, int64_t h) const { return b * batch + h * head; }
+};
+
 // The forward pass takes 1 / (1 - p) of dropout to the end.
 template <typename T>
 struct Attention {
   Heads<const T> q, k, v;
   Sizes size;
+  Lines lines;
   Options options;
   float scale;
   bool wide;  // all rows can be moved 16 bytes at a time
@@ -56,22 +85,39 @@ struct Attention {
     return kScored ? kLog2E : scale * kLog2E;
   }
   __device__ int group() const { return size.heads / size.kv_heads; }
-  // How far the place of a query among the keys is from its own number.
-  __device__ int ahead() const { return size.seq_k - size.seq_q; }
 };
 
-// Which head a block works on, and which of its tiles; the last tiles first if they are `longest`.
+// Which head a block works on, which of its tiles, and how long the sequences are. first_q and
+// first_k are what the strides of batches take: the batch, or the first row of a packed sequence,
+// as these are the strides of rows then.
 struct Block {
   int64_t index;  // batch * heads + head
-  int batch, head, tile;
+  int batch, head, tile, first_q, first_k, seq_q, seq_k;
 
-  __device__ Block(int batches, int heads, int tiles, bool last_first) {
-    const unsigned all = static_cast<unsigned>(batches) * heads;
-    const unsigned turn = blockIdx.x / all, which = blockIdx.x % all;
+  __device__ Block(const Sizes& size, int heads) : seq_q(size.seq_q), seq_k(size.seq_k) {
+    const unsigned all = static_cast<unsigned>(size.batch) * heads;
+    const unsigned which = blockIdx.x % all;
     index = which;
-    batch = which / heads;
+    tile = blockIdx.x / all;
+    batch = first_q = first_k = which / heads;
     head = which % heads;
-    tile = last_first ? tiles - 1 - turn : turn;
+  }
+
+  __device__ Block(const Sizes& size, int heads, const Packed& packed) : Block(size, heads) {
+    const Sequence q(packed.ends_q, packed.rows_q, batch, size.seq_q);
+    const Sequence k(packed.ends_k, packed.rows_k, batch, size.seq_k);
+    first_q = q.first, first_k = k.first, seq_q = q.count, seq_k = k.count;
+  }
+
+  // How far the place of a query among the keys is from its own number.
+  __device__ int ahead() const { return seq_k - seq_q; }
+
+  // Take the last of so many tiles first, or the first. Returns whether there is one left: a packed
+  // sequence may have less than the longest.
+  __device__ bool take(int tiles, bool last_first) {
+    if (tile >= tiles) return false;
+    if (last_first) tile = tiles - 1 - tile;
+    return true;
   }
 };
 
@@ -128,6 +174,12 @@ inline bool sizes_of(Sizes& size, int64_t batch, int64_t heads, int64_t kv_heads
   return heads % kv_heads == 0;
 }
 
+inline Lines lines_of(const Sizes& size, const Packed& packed) {
+  const int64_t heads = size.heads, seq_q = size.seq_q;
+  if (packed.ends_q) return {1, packed.rows_q, heads * packed.rows_q};
+  return {heads * seq_q, seq_q, size.batch * heads * seq_q};
+}
+
 // Whether scores are more than products times a positive scale, or rows are moved by elements.
 template <typename T>
 bool is_scored(const Attention<T>& a) {
@@ -150,11 +202,11 @@ cudaError_t for_width(const Sizes& size, bool scored, Body body) {
 }
 
 // Launch a block for each tile of each head.
-template <typename Given>
-cudaError_t launch_tiles(void (*kernel)(Given), int64_t heads, int64_t tiles, int64_t shared,
-                         cudaStream_t stream, const Given& given) {
+template <typename... Given>
+cudaError_t launch_tiles(void (*kernel)(Given...), int64_t heads, int64_t tiles, int64_t shared,
+                         cudaStream_t stream, const Given&... given) {
   if (heads * tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
-  return launch_clusters(kernel, heads * tiles, 1, kAttentionThreads, shared, stream, given);
+  return launch_clusters(kernel, heads * tiles, 1, kAttentionThreads, shared, stream, given...);
 }
 
 }  // namespace tilewise

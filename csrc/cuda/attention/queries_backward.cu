@@ -18,8 +18,9 @@ struct Backward {
   bool exact;
 };
 
-// As in forward.cu; registers and shared bytes for heads of 32, 64 and 128: 170, 196, 206 and
-// 30976, 55552, 69888; scored 254, 254, 225.
+// As in forward.cu; registers and shared bytes for heads of 32, 64 and 128: 175, 196, 205 and
+// 30976, 55552, 69888; scored 254, 254, 227. Of packed sequences: 177, 198, 207; scored 255, 255,
+// 229.
 template <int kDim>
 struct Shape {
   static constexpr int kDown = 1, kKeys = kDim <= 64 ? 64 : 32;
@@ -51,7 +52,7 @@ struct Work {
   __device__ Work(const Backward<T>& b, Shared<T, kDim>& shared, const Block& block)
       : b(b),
         block(block),
-        scores(b.a, block.batch, block.head),
+        scores(b.a, block, block.head),
         kept(b.a.options.dropout, block.index, b.a.size.seq_q),
         shared(shared),
         query0(block.tile * Shape<kDim>::kQueries),
@@ -61,7 +62,7 @@ struct Work {
 
   template <bool kChecked>
   __device__ void gradients(Fragments<kDown, kKeys / 8>& s, Fragments<kDown, kKeys / 8>& ds,
-                     const Pairs<false>& pairs, int buffer, bool steep) {
+                            const Pairs<false>& pairs, int buffer, bool steep) {
     multiply_across<T>(s, shared.k[buffer], [&](uint32_t(&a)[4], int m, int k) {
       load_rows(a, shared.q, row + 16 * m, 16 * k);
     });
@@ -78,11 +79,11 @@ struct Work {
     constexpr int kWidth = kVector<T>, kLanes = kDim / kWidth, kRows = kWarpSize / kLanes;
     const int lane = threadIdx.x % kWarpSize, col = lane % kLanes * kWidth;
     const Sizes& size = b.a.size;
-    const T* out = b.out.of(block.batch, block.head);
+    const T* out = b.out.of(block.first_q, block.head);
 #pragma unroll 1
     for (int r = row + lane / kLanes; r < row + 16 * kDown; r += kRows) {
       float sum = 0.f;
-      if (query0 + r < size.seq_q && col < size.v_dim) {
+      if (query0 + r < block.seq_q && col < size.v_dim) {
         const T *y = out + (query0 + r) * b.out.row + col, *dy = shared.dout.row(r) + col;
         if (!kScored || b.a.wide) {
           float ys[kWidth], dys[kWidth];
@@ -113,8 +114,8 @@ struct Work {
       const int r = row + 8 * i + threadIdx.x % kWarpSize / 4, query = query0 + r;
       Statistics& mine = rows[i / 2][i % 2];
       mine = {0.f, 0.f, 0.f};
-      if (query >= b.a.size.seq_q) continue;
-      const int64_t place = block.index * b.a.size.seq_q + query;
+      if (query >= block.seq_q) continue;
+      const int64_t place = b.a.lines.of(block.first_q, block.head) + query;
       const float total = b.total[place];
       if (total == 0.f) continue;
       mine = {b.highest[place], 1.f / total, is_exact() ? 0.f : shared.delta[r]};
@@ -123,13 +124,13 @@ struct Work {
 
   // The statistics are complete but for dlse: write them.
   __device__ void put_statistics() {
-    const int64_t count = int64_t{b.a.size.batch} * b.a.size.heads * b.a.size.seq_q;
+    const int64_t count = b.a.lines.count;
 #pragma unroll
     for (int i = 0; i < 2 * kDown; ++i) {
       const int query = query0 + row + 8 * i + threadIdx.x % kWarpSize / 4;
       Statistics& mine = rows[i / 2][i % 2];
-      if (query >= b.a.size.seq_q) continue;
-      const int64_t place = block.index * b.a.size.seq_q + query;
+      if (query >= block.seq_q) continue;
+      const int64_t place = b.a.lines.of(block.first_q, block.head) + query;
       if (b.dlse && mine.part != 0.f) mine.delta -= b.dlse[place];
       if (threadIdx.x % 4 != 0) continue;
       b.statistics[place] = mine.highest;
@@ -147,7 +148,7 @@ struct Work {
       const int64_t seq_k = b.a.size.seq_k;
       float* to = b.ds + block.index * b.a.size.seq_q * seq_k;
       for_pairs(ds, pairs, [&](float& value, int query, int key) {
-        if (query < b.a.size.seq_q && key < seq_k) to[query * seq_k + key] = value;
+        if (query < block.seq_q && key < block.seq_k) to[query * seq_k + key] = value;
       });
     }
     multiply_down<T>(dq, ds, shared.k[buffer]);
@@ -180,40 +181,40 @@ struct Work {
     for (int i = 0; i < kDown * kDim / 2; ++i) {
       dq[i / (kDim / 2)][i / 4 % (kDim / 8)][i % 4] *= b.a.scale;
     }
-    put_rows<!kScored>(b.dq.of(block.batch, block.head), b.dq.row, dq, shared.q, row, query0,
-                       b.a.size.seq_q, b.a.size.dim, b.a.wide);
+    put_rows<!kScored>(b.dq.of(block.first_q, block.head), b.dq.row, dq, shared.q, row, query0,
+                       block.seq_q, b.a.size.dim, b.a.wide);
   }
 };
 
+// What a block does.
 template <typename T, int kDim, bool kScored>
-__global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
-    queries_backward_kernel(const Backward<T> b) {
+__device__ void backward(const Backward<T>& b, Block block) {
   constexpr int kQueries = Shape<kDim>::kQueries, kKeys = Shape<kDim>::kKeys;
   auto& shared = *reinterpret_cast<Shared<T, kDim>*>(dynamic_shared());
   const Attention<T>& a = b.a;
   const Sizes& size = a.size;
-  const int tiles = (size.seq_q + kQueries - 1) / kQueries;
-  const Block block(size.batch, size.heads, tiles, a.options.right >= 0);
+  const int tiles = (block.seq_q + kQueries - 1) / kQueries;
+  if (!block.take(tiles, a.options.right >= 0)) return;
   const int query0 = block.tile * kQueries;
-  const Reach keys(query0, min(query0 + kQueries, size.seq_q) - 1, a.ahead(), a.options.left,
-                   a.options.right, size.seq_k, kKeys);
-  const T* k = a.k.of(block.batch, block.head / a.group());
-  const T* v = a.v.of(block.batch, block.head / a.group());
+  const Reach keys(query0, min(query0 + kQueries, block.seq_q) - 1, block.ahead(), a.options.left,
+                   a.options.right, block.seq_k, kKeys);
+  const T* k = a.k.of(block.first_k, block.head / a.group());
+  const T* v = a.v.of(block.first_k, block.head / a.group());
   Work<T, kDim, kScored> work(b, shared, block);
   const auto stream = [&](int n) {
     const int key0 = keys.at(n) * kKeys;
     const uint8_t* shown = kScored ? work.scores.shown : nullptr;
     const int64_t apart = a.options.mask_strides.col;
-    fetch<!kScored>(shared.k[n % 2], k, a.k.row, key0, size.seq_k, size.dim, a.wide, shown, apart);
-    fetch<!kScored>(shared.v[n % 2], v, a.v.row, key0, size.seq_k, size.v_dim, a.wide, shown,
+    fetch<!kScored>(shared.k[n % 2], k, a.k.row, key0, block.seq_k, size.dim, a.wide, shown, apart);
+    fetch<!kScored>(shared.v[n % 2], v, a.v.row, key0, block.seq_k, size.v_dim, a.wide, shown,
                     apart);
     copy_async_commit();
   };
 
-  fetch<!kScored>(shared.q, a.q.of(block.batch, block.head), a.q.row, query0, size.seq_q, size.dim,
-                  a.wide);
-  fetch<!kScored>(shared.dout, b.dout.of(block.batch, block.head), b.dout.row, query0, size.seq_q,
-                  size.v_dim, a.wide);
+  fetch<!kScored>(shared.q, a.q.of(block.first_q, block.head), a.q.row, query0, block.seq_q,
+                  size.dim, a.wide);
+  fetch<!kScored>(shared.dout, b.dout.of(block.first_q, block.head), b.dout.row, query0,
+                  block.seq_q, size.v_dim, a.wide);
   copy_async_commit();
   copy_async_wait<0>();
   __syncthreads();
@@ -250,13 +251,26 @@ __global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
   work.end();
 }
 
+template <typename T, int kDim, bool kScored>
+__global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
+    queries_backward_kernel(const Backward<T> b) {
+  backward<T, kDim, kScored>(b, Block(b.a.size, b.a.size.heads));
+}
+
+template <typename T, int kDim, bool kScored>
+__global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
+    packed_queries_backward_kernel(const Backward<T> b, const Packed packed) {
+  backward<T, kDim, kScored>(b, Block(b.a.size, b.a.size.heads, packed));
+}
+
 }  // namespace
 
 cudaError_t attention_queries_backward(
     void* dq, float* statistics, float* ds, const void* dout, const float* dlse, const void* out,
     const float* highest, const float* total, const void* q, const void* k, const void* v,
-    const uint8_t* mask, const void* bias, const float* slopes, const void* sinks, int64_t batch,
-    int64_t heads, int64_t kv_heads, int64_t seq_q, int64_t seq_k, int64_t dim, int64_t v_dim,
+    const uint8_t* mask, const void* bias, const float* slopes, const void* sinks,
+    const int32_t* ends_q, const int32_t* ends_k, int64_t batch, int64_t heads, int64_t kv_heads,
+    int64_t seq_q, int64_t seq_k, int64_t dim, int64_t v_dim, int64_t rows_q, int64_t rows_k,
     int64_t dq_batch, int64_t dq_head, int64_t dq_row, int64_t dout_batch, int64_t dout_head,
     int64_t dout_row, int64_t out_batch, int64_t out_head, int64_t out_row, int64_t q_batch,
     int64_t q_head, int64_t q_row, int64_t k_batch, int64_t k_head, int64_t k_row, int64_t v_batch,
@@ -266,36 +280,38 @@ cudaError_t attention_queries_backward(
     float scale, int64_t threshold, float kept_scale, const int64_t* seeds, const int64_t* offsets,
     int64_t seed_stride, int64_t offset_stride, int64_t seed, int64_t offset, bool exact,
     DType dtype, DType bias_dtype, DType sinks_dtype, cudaStream_t stream) {
-  const Options options{mask,
-                        {mask_batch, mask_head, mask_query, mask_key},
-                        bias,
-                        {bias_batch, bias_head, bias_query, bias_key},
-                        slopes,
-                        slopes_batch,
-                        slopes_head,
-                        sinks,
-                        bias_dtype == DType::f32,
-                        sinks_dtype == DType::f32,
-                        limit_of(left),
-                        limit_of(right),
-                        softcap,
-                        {threshold, kept_scale, seeds, offsets, seed_stride, offset_stride, seed,
-                  offset}};
+  const Options options{
+      mask,
+      {mask_batch, mask_head, mask_query, mask_key},
+      bias,
+      {bias_batch, bias_head, bias_query, bias_key},
+      slopes,
+      slopes_batch,
+      slopes_head,
+      sinks,
+      bias_dtype == DType::f32,
+      sinks_dtype == DType::f32,
+      limit_of(left),
+      limit_of(right),
+      softcap,
+      {threshold, kept_scale, seeds, offsets, seed_stride, offset_stride, seed, offset}};
+  const Packed packed{ends_q, ends_k, rows_q, rows_k};
   Sizes size;
   if (!are_like(dtype, bias_dtype, sinks_dtype) ||
       !sizes_of(size, batch, heads, kv_heads, seq_q, seq_k, dim, v_dim)) {
     return cudaErrorInvalidValue;
   }
-  const bool wide = can_vectorise<8>(
-      addresses(dq, dout, out, q, k, v), dim, v_dim, dq_batch, dq_head, dq_row, dout_batch,
-      dout_head, dout_row, out_batch, out_head, out_row, q_batch, q_head, q_row, k_batch,
-      k_head, k_row, v_batch, v_head, v_row);
+  const bool wide =
+      can_vectorise<8>(addresses(dq, dout, out, q, k, v), dim, v_dim, dq_batch, dq_head, dq_row,
+                       dout_batch, dout_head, dout_row, out_batch, out_head, out_row, q_batch,
+                       q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row);
   return for_half(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     Backward<T> b{{{static_cast<const T*>(q), q_batch, q_head, q_row},
                    {static_cast<const T*>(k), k_batch, k_head, k_row},
                    {static_cast<const T*>(v), v_batch, v_head, v_row},
                    size,
+                   lines_of(size, packed),
                    options,
                    scale,
                    wide},
@@ -309,11 +325,17 @@ cudaError_t attention_queries_backward(
                   total,
                   exact};
     return for_width(size, is_scored(b.a) || ds || exact, [&](auto width, auto scored) {
-      constexpr int kDim = decltype(width)::value;
+      constexpr int kDim = decltype(width)::value, kQueries = Shape<kDim>::kQueries;
+      constexpr bool kScored = decltype(scored)::value;
+      constexpr int64_t kShared = sizeof(Shared<T, kDim>);
       const auto run = [&] {
-        return launch_tiles(queries_backward_kernel<T, kDim, decltype(scored)::value>,
-                            batch * heads, tiles_of(seq_q, Shape<kDim>::kQueries),
-                            sizeof(Shared<T, kDim>), stream, b);
+        if (ends_q) {
+          return launch_tiles(packed_queries_backward_kernel<T, kDim, kScored>, batch * heads,
+                              tiles_of(std::min(seq_q, rows_q), kQueries), kShared, stream, b,
+                              packed);
+        }
+        return launch_tiles(queries_backward_kernel<T, kDim, kScored>, batch * heads,
+                            tiles_of(seq_q, kQueries), kShared, stream, b);
       };
       if (ds && dq && softcap != 0.f) {  // of scores before the cap, and after it
         b.ds = nullptr;

@@ -40,17 +40,20 @@ __device__ void for_pairs(Fragments<kDown, kAcross>& s, const Pairs<kKeysDown>& 
 template <typename T>
 struct Scores {
   const Attention<T>& a;
+  const Block& block;
   const uint8_t *mask, *shown;  // shown: keys that are hidden from all queries alike have a 0 here
   const void* bias;
   float slope;
 
-  __device__ Scores(const Attention<T>& attention, int batch, int head) : a(attention) {
+  __device__ Scores(const Attention<T>& attention, const Block& of, int head)
+      : a(attention), block(of) {
+    const int batch = block.batch;
     const Options& o = a.options;
     const Strides &m = o.mask_strides, &b = o.bias_strides;
     mask = o.mask ? o.mask + batch * m.batch + head * m.head : nullptr;
     shown = m.query == 0 ? mask : nullptr;
     const int64_t skipped = batch * b.batch + head * b.head;
-    bias = !o.bias        ? nullptr
+    bias = !o.bias         ? nullptr
            : o.bias_single ? static_cast<const void*>(static_cast<const float*>(o.bias) + skipped)
                            : static_cast<const void*>(static_cast<const T*>(o.bias) + skipped);
     slope = o.slopes ? o.slopes[batch * o.slopes_batch + head * o.slopes_head] : 0.f;
@@ -65,11 +68,11 @@ struct Scores {
   // Hide what is outside of the keys, of causality and of the window.
   template <bool kKeysDown, int kDown, int kAcross>
   __device__ void limit(Fragments<kDown, kAcross>& s, const Pairs<kKeysDown>& pairs) const {
-    const int ahead = a.ahead(), left = a.options.left, right = a.options.right;
+    const int ahead = block.ahead(), left = a.options.left, right = a.options.right;
     for_pairs(s, pairs, [&](float& score, int query, int key) {
       const int place = query + ahead;
       const int begin = left < 0 ? 0 : place - left;
-      const int end = right < 0 ? a.size.seq_k : min(a.size.seq_k, place + right + 1);
+      const int end = right < 0 ? block.seq_k : min(block.seq_k, place + right + 1);
       if (key < begin || key >= end) score = -INFINITY;
     });
   }
@@ -78,7 +81,7 @@ struct Scores {
   template <bool kKeysDown, int kDown, int kAcross>
   __device__ void finish(Fragments<kDown, kAcross>& s, const Pairs<kKeysDown>& pairs) const {
     const auto inside = [&](int query, int key) {
-      return query < a.size.seq_q && key < a.size.seq_k;
+      return query < block.seq_q && key < block.seq_k;
     };
     if (bias) {
       const int64_t down = a.options.bias_strides.query, across = a.options.bias_strides.col;
@@ -94,7 +97,7 @@ struct Scores {
       }
     }
     if (a.options.slopes) {
-      const int ahead = a.ahead();
+      const int ahead = block.ahead();
       for_pairs(s, pairs, [&](float& score, int query, int key) {
         score -= slope * static_cast<float>(abs(query + ahead - key));
       });

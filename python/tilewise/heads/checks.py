@@ -1,5 +1,6 @@
 """What the front doors of attention refuse, in the caller's words."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -124,3 +125,19 @@ def check_parts(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> N
             )
         if t.device != out_a.device:
             raise RuntimeError(f"{op}: {name} must be on {out_a.device}, got {t.device}")
+
+
+def up_to(widest: int, longest: int | None = None) -> Callable[..., str | None]:
+    """The `refuses` of a backend whose heads are at most so wide, and whose sequences so long."""
+
+    def refuses(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> str | None:
+        wide, length = max(q.shape[-1], v.shape[-1]), max(q.shape[-2], k.shape[-2])
+        if "max_seqlen_q" in options:  # packed
+            length = max(options["max_seqlen_q"], options["max_seqlen_k"])
+        if wide > widest:
+            return f"takes heads up to {widest} wide, got {wide}"
+        if longest is not None and length > longest:
+            return f"takes up to {longest} queries and keys, got {length}"
+        return None
+
+    return refuses

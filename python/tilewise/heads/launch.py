@@ -1,13 +1,12 @@
 """Attention as torch ops, differentiated, and behind one front door."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from tilewise.choice import choose
-from tilewise.heads.checks import check_heads, check_options
+from tilewise.heads.checks import check_heads, check_options, up_to
 from tilewise.heads.formula import Window, attended, limits, scale_of
 from tilewise.heads.layout import in_rows, lowered, lse_of, same_layout
 from tilewise.op import (
@@ -26,27 +25,12 @@ from tilewise.rng import as_arguments, seed_and_offset
 
 # --- What PyTorch sees.
 
-
-def _up_to(widest: int, longest: int | None = None) -> Callable[..., str | None]:
-    """The `refuses` of a backend whose heads are at most so wide, and whose sequences so long."""
-
-    def refuses(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> str | None:
-        wide, length = max(q.shape[-1], v.shape[-1]), max(q.shape[-2], k.shape[-2])
-        if wide > widest:
-            return f"takes heads up to {widest} wide, got {wide}"
-        if longest is not None and length > longest:
-            return f"takes up to {longest} queries and keys, got {length}"
-        return None
-
-    return refuses
-
-
 BACKENDS = backends_of(
     "attention",
-    cuda=_up_to(128, 2**29),  # sums in registers; places are ints
+    cuda=up_to(128, 2**29),  # sums in registers; places are ints
     cuda_dtypes=HALVES,  # what tensor cores take
     numba=takes_all,
-    triton=_up_to(256),  # a tile in registers
+    triton=up_to(256),  # a tile in registers
 )
 
 

@@ -6,10 +6,12 @@ import torch
 from torch import Generator, Tensor
 
 from tilewise.choice import choose
+from tilewise.heads.checks import up_to
 from tilewise.heads.formula import Window, limits, scale_of
 from tilewise.heads.layout import in_rows, lowered, lse_of, same_layout
 from tilewise.heads.packed import check_packed, check_packed_options, packed_attended
 from tilewise.op import (
+    HALVES,
     Op,
     autocast_dtype,
     backends_of,
@@ -24,7 +26,9 @@ from tilewise.rng import as_arguments, seed_and_offset
 
 # --- What PyTorch sees.
 
-PACKED_BACKENDS = backends_of("attention", numba=takes_all)
+PACKED_BACKENDS = backends_of(
+    "attention", cuda=up_to(128, 2**29), cuda_dtypes=HALVES, numba=takes_all
+)
 
 # As `attention_forward` and `attention_backward`, of q [total_q, heads, dim], k and v [total_k,
 # kv_heads, dim or v_dim]. Where sequences begin and end is int32, contiguous; the longest may be
