@@ -256,7 +256,7 @@ cudaError_t attention_forward(
                        highest,
                        total};
 #ifdef TILEWISE_HOPPER
-    if (is_for_hopper(f)) return hopper_forward(f, stream);
+    if (!ends_q && is_for_hopper(f)) return hopper_forward(f, stream);
 #endif
     return for_width(size, is_scored(f.a), [&](auto width, auto scored) {
       constexpr int kDim = decltype(width)::value;

@@ -106,6 +106,8 @@ struct Launch {
   Schedule schedule;
 };
 
+__device__ inline int ahead_of(const Sizes& size) { return size.seq_k - size.seq_q; }
+
 // A tile of queries, and the tiles of keys that it sees.
 struct Item {
   int index, batch, head, kv_head, query0;  // index: batch * heads + head
@@ -118,7 +120,7 @@ struct Item {
         head(index % f.a.size.heads),
         kv_head(head / f.a.group()),
         query0(query0),
-        keys(query0, min(query0 + queries, f.a.size.seq_q) - 1, f.a.ahead(), f.a.options.left,
+        keys(query0, min(query0 + queries, f.a.size.seq_q) - 1, ahead_of(f.a.size), f.a.options.left,
              f.a.options.right, f.a.size.seq_k, keys) {}
 
   // The n-th tile of keys: those that are not seen whole come first.

@@ -98,7 +98,8 @@ struct Work {
     const Attention<T>& a = launch.f.a;
     if constexpr (kChecked) {
       const int row = consumer * kGroupRows + thread / kWarpSize * 16;
-      Scores<T>(a, 0, 0).limit(scores, Pairs<false>::of(item.query0, item.at(n) * kKeys, row));
+      hide_outside(scores, Pairs<false>::of(item.query0, item.at(n) * kKeys, row),
+                   ahead_of(a.size), a.options.left, a.options.right, a.size.seq_k);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -36,6 +36,18 @@ __device__ void for_pairs(Fragments<kDown, kAcross>& s, const Pairs<kKeysDown>& 
   }
 }
 
+// Hide what is outside of the keys, of causality and of the window.
+template <bool kKeysDown, int kDown, int kAcross>
+__device__ void hide_outside(Fragments<kDown, kAcross>& s, const Pairs<kKeysDown>& pairs, int ahead,
+                             int left, int right, int seq_k) {
+  for_pairs(s, pairs, [&](float& score, int query, int key) {
+    const int place = query + ahead;
+    const int begin = left < 0 ? 0 : place - left;
+    const int end = right < 0 ? seq_k : min(seq_k, place + right + 1);
+    if (key < begin || key >= end) score = -INFINITY;
+  });
+}
+
 // Of one head: its part of what is added to scores, and what hides them.
 template <typename T>
 struct Scores {
@@ -65,16 +77,9 @@ struct Scores {
                           : to_float(static_cast<const T*>(o.sinks)[head]);
   }
 
-  // Hide what is outside of the keys, of causality and of the window.
   template <bool kKeysDown, int kDown, int kAcross>
   __device__ void limit(Fragments<kDown, kAcross>& s, const Pairs<kKeysDown>& pairs) const {
-    const int ahead = block.ahead(), left = a.options.left, right = a.options.right;
-    for_pairs(s, pairs, [&](float& score, int query, int key) {
-      const int place = query + ahead;
-      const int begin = left < 0 ? 0 : place - left;
-      const int end = right < 0 ? block.seq_k : min(block.seq_k, place + right + 1);
-      if (key < begin || key >= end) score = -INFINITY;
-    });
+    hide_outside(s, pairs, block.ahead(), a.options.left, a.options.right, block.seq_k);
   }
 
   // Products, scaled and capped, to scores.
