@@ -20,6 +20,7 @@ from tilewise.kernels.triton._attention_scores import (
     stretches,
     turned,
 )
+from tilewise.kernels.triton._packed import fill_gaps, gaps_of, rows_of, sequence_of
 
 
 @triton.jit
@@ -65,8 +66,8 @@ def _add_queries(
 @triton.jit
 def _queries_backward_kernel(
     dq_ptr, delta_ptr, dout_ptr, dlse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, highest_ptr, total_ptr,
-    rules, drawn, heads, group, seq_q, seq_k, dim, v_dim, dq_strides, dout_strides, out_strides,
-    q_strides, k_strides, v_strides, sign, scale,
+    packed, rules, drawn, heads, group, seq_q, seq_k, dim, v_dim, dq_strides, dout_strides,
+    out_strides, q_strides, k_strides, v_strides, sign, scale,
     DQ: tl.constexpr, EXACT: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -80,30 +81,38 @@ def _queries_backward_kernel(
     batch, head = index // heads, index % heads
     query = first_query + tl.arange(0, QUERIES)
     col, v_col = tl.arange(0, DIM), tl.arange(0, V_DIM)
-    inside, row = query < seq_q, index * seq_q + query
-    dout_ptr += batch * dout_strides[0] + head * dout_strides[1]
-    out_ptr += batch * out_strides[0] + head * out_strides[1]
+    at_q, at_k, seq_q, seq_k = sequence_of(packed, batch, seq_q, seq_k)
+    row, line = rows_of(packed, index, head, at_q, seq_q)
+    inside, row = query < seq_q, row + query
+    dq_ptr += head * dq_strides[1]
+    if packed.ends_q is not None:
+        if DQ:
+            gaps = gaps_of(packed, False, batch, at_q, seq_q, program, blocks)
+            fill_gaps(dq_ptr, 0.0, dq_strides[0], dim, gaps, QUERIES, DIM)
+        if first_query >= seq_q:
+            return
+
+    dout_ptr += at_q * dout_strides[0] + head * dout_strides[1]
+    out_ptr += at_q * out_strides[0] + head * out_strides[1]
     dout = load_rows(dout_ptr, query, dout_strides[2], v_col, v_dim, inside)
     out = load_rows(out_ptr, query, out_strides[2], v_col, v_dim, inside)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     exact = tl.zeros([QUERIES], tl.float32)
     if dlse_ptr is not None:
-        dlse = tl.load(dlse_ptr + row, mask=inside, other=0.0)
+        dlse = tl.load(dlse_ptr + line + query, mask=inside, other=0.0)
         delta -= dlse
         exact -= dlse
 
     if DQ or EXACT:
-        k_ptr += batch * k_strides[0] + head // group * k_strides[1]
-        v_ptr += batch * v_strides[0] + head // group * v_strides[1]
-        q_ptr += batch * q_strides[0] + head * q_strides[1]
+        k_ptr += at_k * k_strides[0] + head // group * k_strides[1]
+        v_ptr += at_k * v_strides[0] + head // group * v_strides[1]
+        q_ptr += at_q * q_strides[0] + head * q_strides[1]
         mask_at, bias_at, slope = at_head(rules, batch, head)
         seed, offset = numbers_of(drawn)
-        q = load_rows(q_ptr, query, q_strides[2], col, dim, inside)
-        q = turned(q, sign)
+        q = turned(load_rows(q_ptr, query, q_strides[2], col, dim, inside), sign)
         highest, share = statistics(
-            highest_ptr + index * seq_q, total_ptr + index * seq_q, query, seq_q,
-            q.dtype == tl.float32,
-        )  # fmt: skip
+            highest_ptr + line, total_ptr + line, query, seq_q, q.dtype == tl.float32
+        )
         dq = tl.zeros([QUERIES, DIM], tl.float32)
         mean = tl.zeros_like(dq)
         stretch = stretches(
@@ -122,9 +131,9 @@ def _queries_backward_kernel(
         if DQ:
             if q.dtype == tl.float32:
                 dq -= (exact - delta)[:, None] * mean
-            dq_ptr += batch * dq_strides[0] + head * dq_strides[1]
+            dq_ptr += at_q * dq_strides[0]
             store_rows(dq_ptr, dq * scale, query, dq_strides[2], col, dim, inside)
-    tl.store(delta_ptr + row, exact if EXACT else delta, mask=inside)
+    tl.store(delta_ptr + line + query, exact if EXACT else delta, mask=inside)
 
 
 @triton.jit
@@ -171,19 +180,29 @@ def _add_keys(
 @triton.jit
 def _keys_backward_kernel(
     dk_ptr, dv_ptr, dout_ptr, q_ptr, k_ptr, v_ptr, delta_ptr, highest_ptr, total_ptr,
-    rules, drawn, kv_heads, group, seq_q, seq_k, dim, v_dim, dk_strides, dv_strides, dout_strides,
-    q_strides, k_strides, v_strides, sign, scale,
+    packed, rules, drawn, kv_heads, group, seq_q, seq_k, dim, v_dim, dk_strides, dv_strides,
+    dout_strides, q_strides, k_strides, v_strides, sign, scale,
     DIM: tl.constexpr, V_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(seq_k, KEYS)
     program = tl.program_id(0)
     first_key = program % blocks * KEYS  # causal: the longest first
-    index = tl.cast(program // blocks, tl.int64)
-    batch, kv_head = index // kv_heads, index % kv_heads
+    place = tl.cast(program // blocks, tl.int64)
+    batch, kv_head = place // kv_heads, place % kv_heads
     key = first_key + tl.arange(0, KEYS)
     col, v_col = tl.arange(0, DIM), tl.arange(0, V_DIM)
-    k_ptr += batch * k_strides[0] + kv_head * k_strides[1]
-    v_ptr += batch * v_strides[0] + kv_head * v_strides[1]
+    at_q, at_k, seq_q, seq_k = sequence_of(packed, batch, seq_q, seq_k)
+    dk_ptr += kv_head * dk_strides[1]
+    dv_ptr += kv_head * dv_strides[1]
+    if packed.ends_k is not None:
+        gaps = gaps_of(packed, True, batch, at_k, seq_k, program, blocks)
+        fill_gaps(dk_ptr, 0.0, dk_strides[0], dim, gaps, KEYS, DIM)
+        fill_gaps(dv_ptr, 0.0, dv_strides[0], v_dim, gaps, KEYS, V_DIM)
+        if first_key >= seq_k:
+            return
+
+    k_ptr += at_k * k_strides[0] + kv_head * k_strides[1]
+    v_ptr += at_k * v_strides[0] + kv_head * v_strides[1]
     seed, offset = numbers_of(drawn)
 
     dk = tl.zeros([KEYS, DIM], tl.float32)
@@ -194,9 +213,10 @@ def _keys_backward_kernel(
         seen = seen_keys(key, seq_k, rules, mask_at)
         k = turned(load_rows(k_ptr, key, k_strides[2], col, dim, seen), sign)
         v = load_rows(v_ptr, key, v_strides[2], v_col, v_dim, seen)
-        row = (batch * kv_heads * group + head) * seq_q
-        head_q = q_ptr + batch * q_strides[0] + head * q_strides[1]
-        head_dout = dout_ptr + batch * dout_strides[0] + head * dout_strides[1]
+        index = batch * kv_heads * group + head
+        row, line = rows_of(packed, index, head, at_q, seq_q)
+        head_q = q_ptr + at_q * q_strides[0] + head * q_strides[1]
+        head_dout = dout_ptr + at_q * dout_strides[0] + head * dout_strides[1]
         stretch = stretches(
             first_key - (seq_k - seq_q), seq_q, rules.right, rules.left, rules.mask,
             False, KEYS, QUERIES,
@@ -208,16 +228,16 @@ def _keys_backward_kernel(
                 for i in tl.range(0, steps_of(CHECK, *stretch, QUERIES), disable_licm=True):
                     first = step_at(CHECK, i, *stretch, QUERIES)
                     dk, dv = _add_keys(
-                        dk, dv, k, v, head_dout, head_q, delta_ptr + row, highest_ptr + row,
-                        total_ptr + row, key, first_key, first, row, seed, offset, mask_at, bias_at,
-                        slope, rules, drawn, seq_q, seq_k, dim, v_dim, q_strides[2],
+                        dk, dv, k, v, head_dout, head_q, delta_ptr + line, highest_ptr + line,
+                        total_ptr + line, key, first_key, first, row, seed, offset, mask_at,
+                        bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim, q_strides[2],
                         dout_strides[2], CHECK, DIM, V_DIM, QUERIES, KEYS,
                     )  # fmt: skip
 
     inside = key < seq_k
-    dk_ptr += batch * dk_strides[0] + kv_head * dk_strides[1]
+    dk_ptr += at_k * dk_strides[0]
     store_rows(dk_ptr, dk * scale, key, dk_strides[2], col, dim, inside)
     if drawn.scale is not None:
         dv *= drawn.scale
-    dv_ptr += batch * dv_strides[0] + kv_head * dv_strides[1]
+    dv_ptr += at_k * dv_strides[0]
     store_rows(dv_ptr, dv, key, dv_strides[2], v_col, v_dim, inside)

@@ -18,6 +18,7 @@ from tilewise.kernels.triton._attention_scores import (
     stretches,
     turned,
 )
+from tilewise.kernels.triton._packed import fill_gaps, gaps_of, rows_of, sequence_of
 
 _LOG2_E = tl.constexpr(LOG2_E)
 
@@ -56,7 +57,7 @@ def _attend(
 
 @triton.jit
 def _forward_kernel(
-    out_ptr, highest_ptr, total_ptr, q_ptr, k_ptr, v_ptr, sinks_ptr, rules, drawn,
+    out_ptr, highest_ptr, total_ptr, q_ptr, k_ptr, v_ptr, sinks_ptr, packed, rules, drawn,
     heads, group, seq_q, seq_k, dim, v_dim, out_strides, q_strides, k_strides, v_strides, sign,
     DIM: tl.constexpr, V_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -66,12 +67,24 @@ def _forward_kernel(
     index = tl.cast(program // blocks, tl.int64)
     batch, head = index // heads, index % heads
     query = first_query + tl.arange(0, QUERIES)
-    inside, row = query < seq_q, index * seq_q + query
-    k_ptr += batch * k_strides[0] + head // group * k_strides[1]
-    v_ptr += batch * v_strides[0] + head // group * v_strides[1]
+    at_q, at_k, seq_q, seq_k = sequence_of(packed, batch, seq_q, seq_k)
+    row, line = rows_of(packed, index, head, at_q, seq_q)
+    inside, row, line = query < seq_q, row + query, line + query
+    out_ptr += head * out_strides[1]
+    if packed.ends_q is not None:
+        gaps = gaps_of(packed, False, batch, at_q, seq_q, program, blocks)
+        lines = head * packed.total_q
+        fill_gaps(out_ptr, 0.0, out_strides[0], v_dim, gaps, QUERIES, V_DIM)
+        fill_gaps(highest_ptr + lines, float("-inf"), 1, None, gaps, QUERIES, 1)
+        fill_gaps(total_ptr + lines, 0.0, 1, None, gaps, QUERIES, 1)
+        if first_query >= seq_q:
+            return
+
+    k_ptr += at_k * k_strides[0] + head // group * k_strides[1]
+    v_ptr += at_k * v_strides[0] + head // group * v_strides[1]
     mask_at, bias_at, slope = at_head(rules, batch, head)
     seed, offset = numbers_of(drawn)
-    q_ptr += batch * q_strides[0] + head * q_strides[1]
+    q_ptr += at_q * q_strides[0] + head * q_strides[1]
     q = load_rows(q_ptr, query, q_strides[2], tl.arange(0, DIM), dim, inside)
     q = turned(q, sign)
 
@@ -100,7 +113,7 @@ def _forward_kernel(
     out = tl.where(nothing[:, None], 0.0, sums / tl.where(nothing, 1.0, total)[:, None])
     if drawn.scale is not None:
         out *= drawn.scale
-    tl.store(highest_ptr + row, highest, mask=inside)
-    tl.store(total_ptr + row, total, mask=inside)
-    out_ptr += batch * out_strides[0] + head * out_strides[1]
+    tl.store(highest_ptr + line, highest, mask=inside)
+    tl.store(total_ptr + line, total, mask=inside)
+    out_ptr += at_q * out_strides[0]
     store_rows(out_ptr, out, query, out_strides[2], tl.arange(0, V_DIM), v_dim, inside)

@@ -18,6 +18,7 @@ from tilewise.kernels.triton._attention_scores import (
     stretches,
     turned,
 )
+from tilewise.kernels.triton._packed import rows_of, sequence_of
 
 _LOG2_E = tl.constexpr(LOG2_E)
 
@@ -25,27 +26,26 @@ _LOG2_E = tl.constexpr(LOG2_E)
 @triton.jit
 def _scores_gradient(
     dout_ptr, q_ptr, k_ptr, v_ptr, delta_ptr, highest_ptr, total_ptr, first_query, first_key,
-    batch, head, heads, group, rules, drawn, seed, offset, sign, seq_q, seq_k, dim, v_dim,
-    dout_strides, q_strides, k_strides, v_strides,
+    batch, head, row, line, at_q, at_k, group, rules, drawn, seed, offset, sign, seq_q, seq_k, dim,
+    v_dim, dout_strides, q_strides, k_strides, v_strides,
     DIM: tl.constexpr, V_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """ds [query, key] of one head."""
     query, key = first_query + tl.arange(0, QUERIES), first_key + tl.arange(0, KEYS)
     col, v_col = tl.arange(0, DIM), tl.arange(0, V_DIM)
     mask_at, bias_at, slope = at_head(rules, batch, head)
-    row = (batch * heads + head) * seq_q
     inside, seen = query < seq_q, seen_keys(key, seq_k, rules, mask_at)
-    q_ptr += batch * q_strides[0] + head * q_strides[1]
-    dout_ptr += batch * dout_strides[0] + head * dout_strides[1]
-    k_ptr += batch * k_strides[0] + head // group * k_strides[1]
-    v_ptr += batch * v_strides[0] + head // group * v_strides[1]
+    q_ptr += at_q * q_strides[0] + head * q_strides[1]
+    dout_ptr += at_q * dout_strides[0] + head * dout_strides[1]
+    k_ptr += at_k * k_strides[0] + head // group * k_strides[1]
+    v_ptr += at_k * v_strides[0] + head // group * v_strides[1]
     q = load_rows(q_ptr, query, q_strides[2], col, dim, inside)
     dout = load_rows(dout_ptr, query, dout_strides[2], v_col, v_dim, inside)
     k = load_rows(k_ptr, key, k_strides[2], col, dim, seen)
     v = load_rows(v_ptr, key, v_strides[2], v_col, v_dim, seen)
     SPLIT: tl.constexpr = q.dtype == tl.float32
-    highest, share = statistics(highest_ptr + row, total_ptr + row, query, seq_q, SPLIT)
-    delta = tl.load(delta_ptr + row + query, mask=inside, other=0.0)
+    highest, share = statistics(highest_ptr + line, total_ptr + line, query, seq_q, SPLIT)
+    delta = tl.load(delta_ptr + line + query, mask=inside, other=0.0)
 
     product = tl.dot(turned(q, sign), tl.trans(k), input_precision="ieee")
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
@@ -62,10 +62,24 @@ def _scores_gradient(
 
 
 @triton.jit
+def _meets(
+    packed, first_query, first_key, seq_q, seq_k, left, right,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Whether a tile has a query and a key of a packed sequence; of a batch they all have."""
+    if packed.ends_q is None:
+        return True
+    else:
+        place = first_key - (seq_k - seq_q)
+        start, _, _, end = stretches(place, seq_q, right, left, None, True, KEYS, QUERIES)
+        return (first_key < seq_k) & (first_query >= start) & (first_query < end)
+
+
+@triton.jit
 def _bias_backward_kernel(
-    sums_ptr, dout_ptr, q_ptr, k_ptr, v_ptr, delta_ptr, highest_ptr, total_ptr, rules, drawn,
-    heads, group, seq_q, seq_k, dim, v_dim, dout_strides, q_strides, k_strides, v_strides, sign,
-    lines, bias_heads, batch_copies, head_copies, parts,
+    sums_ptr, dout_ptr, q_ptr, k_ptr, v_ptr, delta_ptr, highest_ptr, total_ptr, packed, rules,
+    drawn, heads, group, seq_q, seq_k, dim, v_dim, dout_strides, q_strides, k_strides, v_strides,
+    sign, lines, bias_heads, batch_copies, head_copies, parts,
     BY_QUERY: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -76,10 +90,11 @@ def _bias_backward_kernel(
     part, tile = tl.cast(program % parts, tl.int64), program // parts
     blocks = tl.cdiv(seq_k, KEYS)
     first_key, line = tile % blocks * KEYS, tile // blocks
-    start, _, _, end = stretches(
-        first_key - (seq_k - seq_q), seq_q, rules.right, rules.left, None, True, KEYS, QUERIES
-    )
-    first_query = 0
+    first_query, start, end = 0, 0, seq_q
+    if packed.ends_q is None:
+        start, _, _, end = stretches(
+            first_key - (seq_k - seq_q), seq_q, rules.right, rules.left, None, True, KEYS, QUERIES
+        )
     if BY_QUERY:
         blocks = tl.cdiv(seq_q, QUERIES)
         first_query, line = line % blocks * QUERIES, line // blocks
@@ -92,13 +107,16 @@ def _bias_backward_kernel(
     sums = tl.zeros([QUERIES, KEYS], tl.float32)
     for i in range(part * copies // parts, (part + 1) * copies // parts):
         copy = i // blocks
-        sums += _scores_gradient(
-            dout_ptr, q_ptr, k_ptr, v_ptr, delta_ptr, highest_ptr, total_ptr,
-            tl.cast(start + i % blocks * QUERIES, tl.int32), first_key,
-            bias_batch + copy // head_copies, bias_head + copy % head_copies, heads, group,
-            rules, drawn, seed, offset, sign, seq_q, seq_k, dim, v_dim,
-            dout_strides, q_strides, k_strides, v_strides, DIM, V_DIM, QUERIES, KEYS,
-        )  # fmt: skip
+        first = tl.cast(start + i % blocks * QUERIES, tl.int32)
+        batch, head = bias_batch + copy // head_copies, bias_head + copy % head_copies
+        at_q, at_k, own_q, own_k = sequence_of(packed, batch, seq_q, seq_k)
+        if _meets(packed, first, first_key, own_q, own_k, rules.left, rules.right, QUERIES, KEYS):
+            sums += _scores_gradient(
+                dout_ptr, q_ptr, k_ptr, v_ptr, delta_ptr, highest_ptr, total_ptr, first, first_key,
+                batch, head, *rows_of(packed, batch * heads + head, head, at_q, seq_q), at_q, at_k,
+                group, rules, drawn, seed, offset, sign, own_q, own_k, dim, v_dim,
+                dout_strides, q_strides, k_strides, v_strides, DIM, V_DIM, QUERIES, KEYS,
+            )  # fmt: skip
 
     query, key = first_query + tl.arange(0, QUERIES), first_key + tl.arange(0, KEYS)
     sums_ptr += (part * lines + line) * (seq_q if BY_QUERY else 1) * seq_k
@@ -135,6 +153,6 @@ def _sinks_backward_kernel(
     for block in range(part * blocks // parts, (part + 1) * blocks // parts):
         i = block * BLOCK + tl.arange(0, BLOCK)
         inside, row = i < rows, (i // seq_q * heads + head) * seq_q + i % seq_q
-        share, _ = _sink_share(sinks_ptr, highest_ptr, total_ptr, head, row, inside)
-        sums -= share * tl.load(delta_ptr + row, mask=inside, other=0.0)
+        share, there = _sink_share(sinks_ptr, highest_ptr, total_ptr, head, row, inside)
+        sums -= share * tl.load(delta_ptr + row, mask=there, other=0.0)
     tl.store(sums_ptr + part * heads + head, tl.sum(sums, 0))

@@ -22,6 +22,7 @@ from tilewise.kernels.triton._attention_scores_gradient import (
     _sinks_backward_kernel,
 )
 from tilewise.kernels.triton._decode import SPLIT, _merge_kernel, _split_kernel
+from tilewise.kernels.triton._packed import Packed, packed_in
 from tilewise.kernels.triton._pages import cache_of
 from tilewise.kernels.triton._shared import MAX_PARTS, launch_options, same_layout
 
@@ -93,7 +94,7 @@ def _kept(q: Tensor, k: Tensor, v: Tensor, rules: Rules, drawn: Drawn) -> int:
     loaded = rules.bias is not None or drawn.scale is not None or full_mask
     many = loaded or (rules.slopes is not None and rules.softcap is not None)
     grain = 16 // q.itemsize
-    odd = any(n % grain for t in (q, k, v) for n in (t.shape[3], *t.stride()[:3]))
+    odd = any(n % grain for t in (q, k, v) for n in (t.shape[-1], *t.stride()[:-1]))
     return many + odd
 
 
@@ -108,38 +109,70 @@ def _options(table: dict, level: int, q: Tensor, v: Tensor) -> dict[str, int | b
     }  # fmt: skip
 
 
-def _sizes(q: Tensor, v: Tensor, options: dict) -> tuple[int | None, ...]:
-    """seq_q, seq_k, dim and v_dim; None for a dim that fills its tile."""
-    dims = (q.shape[3], options["DIM"]), (v.shape[3], options["V_DIM"])
-    return q.shape[2], v.shape[2], *(None if dim == width else dim for dim, width in dims)
+def _dims(q: Tensor, v: Tensor, options: dict) -> tuple[int | None, ...]:
+    """dim and v_dim; None for one that fills its tile."""
+    dims = (q.shape[-1], options["DIM"]), (v.shape[-1], options["V_DIM"])
+    return tuple(None if dim == width else dim for dim, width in dims)
 
 
 def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
-    return tuple(t.stride()[:3] for t in tensors)
+    """Of [batch, heads, seq]; of packed rows, a sequence is where its first row is."""
+    return tuple(
+        t.stride()[:3] if t.ndim == 4 else (t.stride(0), t.stride(1), t.stride(0)) for t in tensors
+    )
+
+
+def _bounded(packed: Packed, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Batch, seq_q and seq_k; the longest that is said may be longer than there are rows."""
+    if packed.ends_q is None:
+        return sizes
+    batch, *longest = sizes
+    return batch, *map(min, longest, (packed.total_q, packed.total_k))
 
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
     alibi_slopes: Tensor | None, sinks: Tensor | None, left: int, right: int, softcap: float,
-    scale: float, dropout_p: float, seeds: Tensor | None, offsets: Tensor | None, seed: int,
-    offset: int,
+    scale: float, *dropout: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """q [batch, heads, seq_q, dim], k, v [batch, kv_heads, seq_k, dim or v_dim], mask and bias
     broadcastable, alibi_slopes [batch, heads], sinks [heads]
     -> out [batch, heads, seq_q, v_dim] laid out as q; highest, total [batch, heads, seq_q]."""
-    batch, heads, seq_q, _ = q.shape
-    _, kv_heads, seq_k, v_dim = v.shape
-    out = same_layout(q, v_dim)
-    highest = q.new_empty(q.shape[:3], dtype=torch.float32)
+    sizes = len(q), q.shape[2], k.shape[2]
+    given = mask, bias, alibi_slopes, left, right, softcap, scale
+    return _attend(q, k, v, sinks, Packed(), sizes, given, dropout)
+
+
+def attention_varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, bias: Tensor | None, alibi_slopes: Tensor | None,
+    sinks: Tensor | None, left: int, right: int, softcap: float, scale: float, *dropout: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q [total_q, heads, dim], k, v [total_k, kv_heads, dim or v_dim], ends of sequences
+    [batch + 1], bias [batch or 1, heads or 1, max_seqlen_q, max_seqlen_k], slopes [batch, heads],
+    sinks [heads] -> out [total_q, heads, v_dim] laid out as q; highest, total [heads, total_q]."""
+    sizes = len(cu_seqlens_q) - 1, max_seqlen_q, max_seqlen_k
+    given = None, bias, alibi_slopes, left, right, softcap, scale
+    packed = packed_in(cu_seqlens_q, cu_seqlens_k, q, k, max_seqlen_q)
+    return _attend(q, k, v, sinks, packed, sizes, given, dropout)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, packed: Packed, sizes: tuple[int, ...],
+    given: tuple, dropout: tuple,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (batch, seq_q, seq_k), heads = _bounded(packed, sizes), q.shape[1]
+    out = same_layout(q, v.shape[-1])
+    rows = q.shape[:-1] if q.ndim == 4 else (heads, len(q))
+    highest = q.new_empty(rows, dtype=torch.float32)
     total = torch.empty_like(highest)
-    rules, sign = rules_of(mask, bias, alibi_slopes, left, right, softcap, scale, seq_q, seq_k)
-    drawn = drawn_by(dropout_p, seeds, offsets, seed, offset)
-    level = _kept(q, k, v, rules, drawn)
-    options = _options(_FORWARD, level, q, v)
+    rules, sign = rules_of(*given, seq_q, seq_k)
+    drawn = drawn_by(*dropout)
+    options = _options(_FORWARD, _kept(q, k, v, rules, drawn), q, v)
     options["QUERIES"] = min(options["QUERIES"], max(triton.next_power_of_2(seq_q), 16))
     _forward_kernel[(triton.cdiv(seq_q, options["QUERIES"]) * batch * heads,)](
-        out, highest, total, q, k, v, sinks, rules, drawn, heads, heads // kv_heads,
-        *_sizes(q, v, options), *_strides(out, q, k, v), sign, **options,
+        out, highest, total, q, k, v, sinks, packed, rules, drawn, heads, heads // k.shape[1],
+        seq_q, seq_k, *_dims(q, v, options), *_strides(out, q, k, v), sign, **options,
     )  # fmt: skip
     return out, highest, total
 
@@ -149,34 +182,63 @@ def attention_backward(
     bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, out: Tensor,
     highest: Tensor, total: Tensor, left: int, right: int, softcap: float, scale: float,
     dropout_p: float, seeds: Tensor | None, offsets: Tensor | None, seed: int, offset: int,
-    want_dq: bool, want_dk: bool, want_dv: bool, want_dbias: bool, want_dsinks: bool,
+    *wanted: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Shapes as in `attention_forward`, dlse [batch, heads, seq_q] -> dq, dk, dv, laid out as q, k
-    and v, dbias and dsinks; what is not wanted is empty."""
-    batch, heads, seq_q, dim = q.shape
-    _, kv_heads, seq_k, v_dim = v.shape
-    rules, sign = rules_of(mask, bias, alibi_slopes, left, right, softcap, scale, seq_q, seq_k)
-    drawn = drawn_by(dropout_p, seeds, offsets, seed, offset)
-    group, statistics = heads // kv_heads, (torch.empty_like(total), highest, total)
-    dq = same_layout(q, dim) if want_dq else q
-    level = _kept(q, k, v, rules, drawn)
+    and v, dbias and dsinks; what is not `wanted`, in this order, is empty."""
+    sizes = len(q), q.shape[2], k.shape[2]
+    given = mask, bias, alibi_slopes, left, right, softcap, scale
+    dropout = dropout_p, seeds, offsets, seed, offset
+    found = dout, dlse, q, k, v, sinks, out, highest, total
+    return _differentiate(*found, Packed(), sizes, given, dropout, *wanted)
+
+
+def attention_varlen_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, bias: Tensor | None,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, out: Tensor, highest: Tensor, total: Tensor,
+    left: int, right: int, softcap: float, scale: float, dropout_p: float, seeds: Tensor | None,
+    offsets: Tensor | None, seed: int, offset: int, *wanted: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Shapes as in `attention_varlen_forward`, dlse [heads, total_q] -> dq, dk, dv laid out as q,
+    k and v, dbias and dsinks; what is not `wanted`, in this order, is empty."""
+    sizes = len(cu_seqlens_q) - 1, max_seqlen_q, max_seqlen_k
+    given = None, bias, alibi_slopes, left, right, softcap, scale
+    dropout = dropout_p, seeds, offsets, seed, offset
+    found = dout, dlse, q, k, v, sinks, out, highest, total
+    packed = packed_in(cu_seqlens_q, cu_seqlens_k, q, k, max_seqlen_q)
+    return _differentiate(*found, packed, sizes, given, dropout, *wanted)
+
+
+def _differentiate(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
+    out: Tensor, highest: Tensor, total: Tensor, packed: Packed, sizes: tuple[int, ...],
+    given: tuple, dropout: tuple, want_dq: bool, want_dk: bool, want_dv: bool, want_dbias: bool,
+    want_dsinks: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    (batch, seq_q, seq_k), heads, kv_heads = _bounded(packed, sizes), q.shape[1], k.shape[1]
+    rules, sign = rules_of(*given, seq_q, seq_k)
+    added, scale = (packed, rules, drawn_by(*dropout)), given[-1]
+    statistics = torch.empty_like(total), highest, total
+    dq = same_layout(q, q.shape[-1]) if want_dq else q
+    level = _kept(q, k, v, *added[1:])
     options = _options(_QUERIES, level, q, v)
     options["QUERIES"] = min(options["QUERIES"], max(triton.next_power_of_2(seq_q), 16))
     _queries_backward_kernel[(triton.cdiv(seq_q, options["QUERIES"]) * batch * heads,)](
-        dq, statistics[0], dout, dlse, q, k, v, out, highest, total, rules, drawn, heads, group,
-        *_sizes(q, v, options), *_strides(dq, dout, out, q, k, v), sign, scale,
-        DQ=want_dq, EXACT=want_dbias or q.itemsize == 4, **options,
+        dq, statistics[0], dout, dlse, q, k, v, out, highest, total, *added, heads,
+        heads // kv_heads, seq_q, seq_k, *_dims(q, v, options), *_strides(dq, dout, out, q, k, v),
+        sign, scale, DQ=want_dq, EXACT=want_dbias or q.itemsize == 4, **options,
     )  # fmt: skip
     dk = dv = dbias = dsinks = None
     if want_dk or want_dv:
-        dk, dv = same_layout(k, dim), same_layout(v, v_dim)
+        dk, dv = same_layout(k, k.shape[-1]), same_layout(v, v.shape[-1])
         options = _options(_KEYS, level, q, v)
         _keys_backward_kernel[(triton.cdiv(seq_k, options["KEYS"]) * batch * kv_heads,)](
-            dk, dv, dout, q, k, v, *statistics, rules, drawn, kv_heads, group,
-            *_sizes(q, v, options), *_strides(dk, dv, dout, q, k, v), sign, scale, **options,
+            dk, dv, dout, q, k, v, *statistics, *added, kv_heads, heads // kv_heads, seq_q, seq_k,
+            *_dims(q, v, options), *_strides(dk, dv, dout, q, k, v), sign, scale, **options,
         )  # fmt: skip
     if want_dbias:
-        dbias = _bias_backward(bias, dout, q, k, v, statistics, rules, drawn, sign)
+        dbias = _bias_backward(given[1], dout, q, k, v, statistics, sizes, added, sign)
     if want_dsinks:
         dsinks = _sinks_backward(sinks, *statistics)
     found = (dq, want_dq), (dk, want_dk), (dv, want_dv), (dbias, want_dbias), (dsinks, want_dsinks)
@@ -196,11 +258,11 @@ def _summed(sums: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _bias_backward(
     bias: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, statistics: tuple[Tensor, ...],
-    rules: Rules, drawn: Drawn, sign: float | None,
+    sizes: tuple[int, ...], added: tuple[Packed, Rules, Drawn], sign: float | None,
 ) -> Tensor:  # fmt: skip
     """dbias, laid out in one piece."""
-    (batch, heads, seq_q, _), seq_k = q.shape, k.shape[2]
-    options: dict[str, Any] = _options(_BIAS, _kept(q, k, v, rules, drawn) - 1, q, v)
+    (batch, seq_q, seq_k), heads = sizes, q.shape[1]
+    options: dict[str, Any] = _options(_BIAS, _kept(q, k, v, *added[1:]) - 1, q, v)
     lines, by_query = bias.shape[:2].numel(), bias.shape[2] > 1
     copies = batch // bias.shape[0], heads // bias.shape[1]
     tiles, added_to = lines * triton.cdiv(seq_k, options["KEYS"]), copies[0] * copies[1]
@@ -208,15 +270,15 @@ def _bias_backward(
     tiles, added_to = (tiles * blocks, added_to) if by_query else (tiles, added_to * blocks)
     parts, sums = _parts(bias, tiles, added_to)
     _bias_backward_kernel[(tiles * parts,)](
-        sums, dout, q, k, v, *statistics, rules, drawn, heads, heads // k.shape[1],
-        *_sizes(q, v, options), *_strides(dout, q, k, v), sign, lines, bias.shape[1], *copies,
+        sums, dout, q, k, v, *statistics, *added, heads, heads // k.shape[1], seq_q, seq_k,
+        *_dims(q, v, options), *_strides(dout, q, k, v), sign, lines, bias.shape[1], *copies,
         parts, BY_QUERY=by_query, **options,
     )  # fmt: skip
     return _summed(sums, bias.dtype)
 
 
 def _sinks_backward(sinks: Tensor, delta: Tensor, highest: Tensor, total: Tensor) -> Tensor:
-    batch, heads, seq_q = delta.shape
+    batch, heads, seq_q = delta.shape if delta.ndim == 3 else (1, *delta.shape)
     blocks = triton.cdiv(batch * seq_q, _ROWS["BLOCK"])
     parts = min(blocks, triton.cdiv(MAX_PARTS, heads))
     sums = sinks.new_empty(parts, heads, dtype=torch.float32)

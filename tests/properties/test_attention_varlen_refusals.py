@@ -6,6 +6,8 @@ from attention_cases import zeros
 from cases import DEVICE
 
 from tilewise import attention_varlen, attention_varlen_with_lse
+from tilewise.choice import refusal
+from tilewise.op import OPS
 
 Q, K, V = zeros(3, 2, 4), zeros(5, 1, 4), zeros(5, 1, 6)
 ENDS_Q, ENDS_K = (torch.tensor(e, dtype=torch.int32, device=DEVICE) for e in ([0, 1, 3], [0, 4, 5]))
@@ -68,3 +70,14 @@ def test_refuses(op, error, sentence, given):
     with pytest.raises(error) as raised:
         op(**(GIVEN | given))
     assert str(raised.value) == f"{op.__name__}: {sentence}"
+
+
+@pytest.mark.parametrize("wide", ["q and k", "v"])
+def test_triton_refuses_wide_heads(wide):
+    given = GIVEN | (
+        {"v": zeros(5, 1, 257)} if wide == "v" else {"q": zeros(3, 2, 257), "k": zeros(5, 1, 257)}
+    )
+    if no := refusal(OPS["attention_varlen"].backends["triton"], Q, K, V, ENDS_Q, ENDS_K):
+        pytest.skip(f"triton: {no[1]}")
+    with pytest.raises(NotImplementedError, match="takes heads up to 256 wide, got 257"):
+        attention_varlen(**given, backend="triton")

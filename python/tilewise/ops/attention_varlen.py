@@ -76,7 +76,7 @@ def attention_varlen(
         generator: Draws the seed, where none is given. None is PyTorch's own.
         check_inputs: Raise where the ends of sequences decrease, do not begin with 0, go past the
             end of q or k, or are further apart than the longest. Waits for the device.
-        backend: "cuda", "numba" or "reference". None picks the first that can run.
+        backend: "cuda", "numba", "triton" or "reference". None picks the first that can run.
 
     Returns:
         `[total_q, heads, v_dim]`, dtype of `q`, its dims in memory in the order of those of `q`.
@@ -147,7 +147,7 @@ def attention_varlen_with_lse(
         offset: int64, counts the draws from one seed; or a tensor `[]`. None is 0.
         generator: Draws the seed, where none is given. None is PyTorch's own.
         check_inputs: Raise where the ends of sequences are wrong. Waits for the device.
-        backend: "cuda", "numba" or "reference". None picks the first that can run.
+        backend: "cuda", "numba", "triton" or "reference". None picks the first that can run.
 
     Returns:
         out, `[total_q, heads, v_dim]`, dtype of `q`; and lse, `[heads, total_q]`, fp32 (fp64 for

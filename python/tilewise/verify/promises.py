@@ -70,21 +70,23 @@ def _aligned(*names: str) -> Callable[[Kernel], bool]:
 def _whole_heads(kernel: Kernel) -> bool:
     """A tile that fills the tensor cores: 64 queries, heads as wide as the tile, no mask."""
     size = kernel.size
-    return size["seq_q"] >= 64 and size["dim"] in (64, 128) and "mask" not in size
+    longest = size["seq_q"] if "seq_q" in size else max((q for q, _ in size["lengths"]), default=0)
+    return longest >= 64 and size["dim"] in (64, 128) and "mask" not in size
 
 
 _NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
 _ROWS = (*_NORMS, "softmax", "log_softmax")
 _ELEMENTS = ("gelu", "glu", "glu_packed")
+_ATTENTION = ("attention", "attention_varlen")
 PROMISES: Sequence[Promise] = (
     Promise(_ROWS, sizes=_aligned("cols"), wide=True),
     Promise(_ELEMENTS, sizes=_aligned("cols"), wide=True),
     Promise(("cross_entropy",), "_losses_kernel", sizes=_aligned("classes"), wide=True, narrow=1),
     Promise(("cross_entropy",), "_gradients_kernel", sizes=_aligned("classes"), wide=True),
-    Promise(("attention",), dtypes=HALVES, sizes=_whole_heads, wide=True),
+    Promise(_ATTENTION, dtypes=HALVES, sizes=_whole_heads, wide=True),
     *(
         Promise(
-            ("attention",), kernel, dtypes=HALVES, sizes=_whole_heads,
+            _ATTENTION, kernel, dtypes=HALVES, sizes=_whole_heads,
             architectures=frozenset({architecture}), instruction=instruction,
         )
         for architecture, instruction, kernel in (
