@@ -86,16 +86,18 @@ SEARCH_SPACE = {
 }  # fmt: skip
 
 
-def _kept(q: Tensor, k: Tensor, v: Tensor, rules: Rules, drawn: Drawn) -> int:
+def _kept(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rules: Rules, drawn: Drawn) -> int:
     """How much a program keeps beside the products, from 0 to 2: one more where scores are made of
     slopes and a softcap, or of what is loaded or drawn for each, and where rows are not made of
-    16 bytes."""
+    16 bytes, or packed ones of at most 64 do not fill their tile."""
     full_mask = rules.mask is not None and rules.mask_query is not None
     loaded = rules.bias is not None or drawn.scale is not None or full_mask
     many = loaded or (rules.slopes is not None and rules.softcap is not None)
     grain = 16 // q.itemsize
     odd = any(n % grain for t in (q, k, v) for n in (t.shape[-1], *t.stride()[:-1]))
-    return many + odd
+    dims = q.shape[-1], v.shape[-1]
+    narrow = packed.ends_q is not None and max(dims) <= 64 and min(dims) < _width(max(dims))
+    return many + (odd or narrow)
 
 
 def _options(table: dict, level: int, q: Tensor, v: Tensor) -> dict[str, int | bool]:
@@ -168,7 +170,7 @@ def _attend(
     total = torch.empty_like(highest)
     rules, sign = rules_of(*given, seq_q, seq_k)
     drawn = drawn_by(*dropout)
-    options = _options(_FORWARD, _kept(q, k, v, rules, drawn), q, v)
+    options = _options(_FORWARD, _kept(q, k, v, packed, rules, drawn), q, v)
     options["QUERIES"] = min(options["QUERIES"], max(triton.next_power_of_2(seq_q), 16))
     _forward_kernel[(triton.cdiv(seq_q, options["QUERIES"]) * batch * heads,)](
         out, highest, total, q, k, v, sinks, packed, rules, drawn, heads, heads // k.shape[1],
@@ -221,7 +223,7 @@ def _differentiate(
     added, scale = (packed, rules, drawn_by(*dropout)), given[-1]
     statistics = torch.empty_like(total), highest, total
     dq = same_layout(q, q.shape[-1]) if want_dq else q
-    level = _kept(q, k, v, *added[1:])
+    level = _kept(q, k, v, *added)
     options = _options(_QUERIES, level, q, v)
     options["QUERIES"] = min(options["QUERIES"], max(triton.next_power_of_2(seq_q), 16))
     _queries_backward_kernel[(triton.cdiv(seq_q, options["QUERIES"]) * batch * heads,)](
@@ -262,7 +264,7 @@ def _bias_backward(
 ) -> Tensor:  # fmt: skip
     """dbias, laid out in one piece."""
     (batch, seq_q, seq_k), heads = sizes, q.shape[1]
-    options: dict[str, Any] = _options(_BIAS, _kept(q, k, v, *added[1:]) - 1, q, v)
+    options: dict[str, Any] = _options(_BIAS, _kept(q, k, v, *added) - 1, q, v)
     lines, by_query = bias.shape[:2].numel(), bias.shape[2] > 1
     copies = batch // bias.shape[0], heads // bias.shape[1]
     tiles, added_to = lines * triton.cdiv(seq_k, options["KEYS"]), copies[0] * copies[1]
