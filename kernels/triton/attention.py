@@ -59,6 +59,10 @@ _KEYS = {
         {64: (16, 64, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
         {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}),
 }  # fmt: skip
+# Of packed sequences, whose lengths are in registers too: dq spilled in fp32 with 4 warps (sm_90
+# and sm_120), dk and dv of heads of 128 in 16 bits on sm_100.
+_PACKED_QUERIES = {4: (_QUERIES[4][1], *_QUERIES[4][1:]), 2: _QUERIES[2]}
+_PACKED_KEYS = {4: _KEYS[4], 2: ({**_KEYS[2][0], 128: (16, 64, 4, 1)}, *_KEYS[2][1:])}
 _BIAS = {  # a bias alone is much
     4: ({64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
         {64: (16, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}),
@@ -224,7 +228,8 @@ def _differentiate(
     statistics = torch.empty_like(total), highest, total
     dq = same_layout(q, q.shape[-1]) if want_dq else q
     level = _kept(q, k, v, *added)
-    options = _options(_QUERIES, level, q, v)
+    whole = packed.ends_q is None
+    options = _options(_QUERIES if whole else _PACKED_QUERIES, level, q, v)
     options["QUERIES"] = min(options["QUERIES"], max(triton.next_power_of_2(seq_q), 16))
     _queries_backward_kernel[(triton.cdiv(seq_q, options["QUERIES"]) * batch * heads,)](
         dq, statistics[0], dout, dlse, q, k, v, out, highest, total, *added, heads,
@@ -234,7 +239,7 @@ def _differentiate(
     dk = dv = dbias = dsinks = None
     if want_dk or want_dv:
         dk, dv = same_layout(k, k.shape[-1]), same_layout(v, v.shape[-1])
-        options = _options(_KEYS, level, q, v)
+        options = _options(_KEYS if whole else _PACKED_KEYS, level, q, v)
         _keys_backward_kernel[(triton.cdiv(seq_k, options["KEYS"]) * batch * kv_heads,)](
             dk, dv, dout, q, k, v, *statistics, *added, kv_heads, heads // kv_heads, seq_q, seq_k,
             *_dims(q, v, options), *_strides(dk, dv, dout, q, k, v), sign, scale, **options,

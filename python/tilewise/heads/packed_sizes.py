@@ -76,6 +76,7 @@ PACKED_SIZES: list[Size] = [
     _TINY | {"lengths": _MIXED, "heads": 6, "dim": 24, "v_dim": 40},
     _TINY | {"lengths": ((131, 67), (67, 131)), "dim": 40, "v_dim": 16, "causal": True},
     _TINY | {"lengths": ((64, 64), (128, 128)), "dim": 64, "causal": True},  # whole blocks
+    _TINY | {"lengths": ((64, 70), (3, 5)), "heads": 4, "kv_heads": 2, "dim": 128, "causal": True},
     _TINY | {"lengths": ((20, 40),), "dim": 192, "v_dim": 128, "causal": True},
     _TINY | {"lengths": _MIXED, "dim": 8, "bias": "h", "past": 1},  # as in T5
     _TINY | {"lengths": _MIXED, "dim": 8, "bias": "bh", "bias_dtype": "float32", "softcap": 2.0},
