@@ -36,7 +36,7 @@ FLOORS = [
     {"choice"},
     {"recording"},
     {"plan"},
-    {"norm", "heads"},
+    {"norm", "heads", "sampling"},
     {"ops"},
     {"functional", "nn"},
     {"models"},

@@ -167,11 +167,15 @@ def _sample_kernel(
 
 
 def sample_forward(
-    logits: Tensor, temperatures: Tensor | None, top_ks: Tensor | None, top_ps: Tensor | None,
-    seeds: Tensor | None, offsets: Tensor | None,
-    temperature: float, top_k: int, top_p: float, seed: int, offset: int,
+    logits: Tensor, top_ks: Tensor | None, temperatures: Tensor | None, top_ps: Tensor | None,
+    *rest,
 ) -> Tensor:  # fmt: skip
-    """logits [batch, vocab]; options [batch], seeds and offsets also [], or numbers -> [batch]."""
+    """logits [batch, vocab]; options [batch], seeds and offsets also [], or numbers -> [batch].
+
+    Of the rest, min-p, penalties, bias and mask are off: the front door knows they are lacking.
+    """
+    top_k, temperature, top_p, *off, seeds, offsets, seed, offset = rest[7:]
+    assert not any(x is not None for x in rest[:7]) and off == [0.0, 1.0, 0.0, 0.0]
     rows, vocab = logits.shape
     tokens = logits.new_empty(rows, dtype=torch.int64)
     block = min(max(triton.next_power_of_2(vocab), 16), 2048)

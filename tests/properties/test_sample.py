@@ -4,16 +4,17 @@ import math
 
 import pytest
 import torch
-from cases import BACKENDS, DEVICE, case_or_skip
+from cases import DEVICE
+from sample_cases import MINE, backend, enough_or_skip, likelihoods, many, pooled, row_of_logits
 from scipy import stats
 
 import tilewise
-from tilewise.op import INTERPRETED, OPS
 from tilewise.rng import gumbel
 
-SAMPLE = OPS["sample"]
-MINE = [p.values[1] for p in BACKENDS if p.values[0].name == "sample"] + ["reference"]
+__all__ = ["backend"]
+
 INFINITY, NAN = math.inf, math.nan
+
 FILTERS = [
     {},
     {"temperature": 1e30},  # uniform
@@ -25,56 +26,6 @@ FILTERS = [
     {"top_k": 40, "top_p": 0.05},
 ]
 SIGNIFICANCE = 1e-6 / (3 * len(FILTERS) * len(MINE))
-
-
-@pytest.fixture(params=MINE)
-def backend(request):
-    if request.param != "reference":
-        case_or_skip(SAMPLE, request.param)
-    return request.param
-
-
-def many(backend):
-    """How many draws are not too slow: the interpreter takes a tenth of a second for each."""
-    if backend == "reference":
-        return 4000
-    return 8 if backend == "triton" and INTERPRETED else 20_000
-
-
-def enough_or_skip(backend):
-    """As many draws as say something about frequencies."""
-    if many(backend) < 100:
-        pytest.skip("triton: interpreted, too slow for frequencies; its tokens are compared above")
-    return many(backend)
-
-
-def row_of_logits(vocab, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return (2 * torch.randn(vocab, generator=generator)).to(DEVICE)
-
-
-def likelihoods(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """The filtered softmax of one row, token by token in Python's own fp64."""
-    ranked = sorted(range(len(logits)), key=lambda j: (-logits[j], j))[: top_k or None]
-    masses = [math.exp((logits[j] - logits[ranked[0]]) / temperature) for j in ranked]
-    kept, total, before = {}, math.fsum(masses), 0.0
-    for j, mass in zip(ranked, masses, strict=True):
-        if kept and before >= top_p * total:
-            break
-        kept[j] = mass
-        before += mass
-    return {j: mass / before for j, mass in kept.items()}
-
-
-def pooled(counts, expected):
-    """Counts and expectations, rare tokens together until ten are expected."""
-    found, wanted = [0], [0.0]
-    for j in sorted(expected, key=expected.get):
-        if wanted[-1] >= 10:
-            found, wanted = [*found, 0], [*wanted, 0.0]
-        found[-1] += counts[j]
-        wanted[-1] += expected[j]
-    return found, wanted
 
 
 @pytest.mark.parametrize("apart", ["seeds", "places", "offsets"])
@@ -364,37 +315,3 @@ def test_vmap_draws_as_the_reference():
     logits = torch.stack([row_of_logits(100, seed) for seed in range(6)]).view(2, 3, 100)
     tokens = torch.vmap(lambda x: tilewise.sample(x, top_p=0.9, seed=1))(logits)
     assert torch.equal(tokens[1], tilewise.sample(logits[1], top_p=0.9, seed=1))
-
-
-X = torch.zeros(2, 8, device=DEVICE)
-COLUMN, META = X[:, 0], X[:, 0].to("meta")
-GENERATOR = torch.Generator()
-
-
-@pytest.mark.parametrize(
-    "error, message, options",
-    [
-        (TypeError, "logits must be floating point, got torch.int64", {"logits": X.long()}),
-        (ValueError, r"logits must be \[batch, vocab\], got \[8\]", {"logits": X[0]}),
-        (ValueError, "temperature must be at least 0 and finite, got -1", {"temperature": -1}),
-        (ValueError, "temperature must be .* finite, got inf", {"temperature": INFINITY}),
-        (ValueError, "temperature must be .* finite, got nan", {"temperature": NAN}),
-        (TypeError, "temperature must be a number or a tensor, got str", {"temperature": "1"}),
-        (TypeError, "temperature must be floating point, got", {"temperature": COLUMN.long()}),
-        (ValueError, r"temperature must be .* \[2\], got \[3\]", {"temperature": X[0, :3]}),
-        (RuntimeError, f"temperature must be on {DEVICE}.*, got meta", {"temperature": META}),
-        (ValueError, "top_p must be from 0 to 1, got 1.5", {"top_p": 1.5}),
-        (ValueError, "top_p must be from 0 to 1, got -0.1", {"top_p": -0.1}),
-        (TypeError, "top_p must be a number or a tensor, got bool", {"top_p": True}),
-        (ValueError, "top_k must be at least 0, got -1", {"top_k": -1}),
-        (TypeError, "top_k must be an int or a tensor, got float", {"top_k": 2.0}),
-        (TypeError, "top_k must be torch.int64 or torch.int32, got", {"top_k": COLUMN}),
-        (ValueError, r"top_k must be a number or \[2\], got \[8\]", {"top_k": X[0].long()}),
-        (ValueError, "must be given seed or generator", {"seed": 1, "generator": GENERATOR}),
-        (ValueError, r"seed must be \[\] or \[2\], got \[8\]", {"seed": X[0].long()}),
-        (ValueError, "backend must be one of numba, triton, reference", {"backend": "cuda"}),
-    ],
-)
-def test_wrong_input_is_refused(error, message, options):
-    with pytest.raises(error, match="sample: " + message):
-        tilewise.sample(**{"logits": X} | options)

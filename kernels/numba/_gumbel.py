@@ -1,0 +1,158 @@
+"""The Gumbel-max rule, with noise only for tokens that can still win.
+
+The draw comes before the test for top-p: a token is left if the mass before it is short of the
+goal. Where it is not, no token from it on is left either, and the draw is repeated among those
+before it: 1 + log(1 / p) draws on average, against the twenty passes of a search for the threshold.
+"""
+
+import math
+
+import numpy as np
+
+from tilewise.kernels.numba._parallel import callee
+from tilewise.kernels.numba._philox import philox
+from tilewise.kernels.numba._ranks import (
+    BLOCK,
+    INFINITY,
+    first,
+    gather_top,
+    inverse_of,
+    least_for_min_p,
+    masses_of,
+    weigh,
+)
+from tilewise.kernels.numba._simd import load, real, store
+
+GROUPS = BLOCK // 4
+WORDS = 2.0**32
+LOWEST_SCORE = -4.0  # below that of the first token, whose noise is above -3.2
+
+
+@callee
+def _is_short(values, count, j, top, inverse, p):
+    """Whether the mass before value j in rank is short of top-p."""
+    v = load(values, j)
+    before, total = masses_of(values, 0, j, top, inverse, v, True)
+    more, rest = masses_of(values, j, count, top, inverse, v, False)
+    return real(values, before + more) < p * real(values, total + rest)
+
+
+@callee
+def _rarity(best):
+    """A token of mass m gets above the score `best` by its m * rarity highest words at most, for
+    noise above g is as rare as e**-g at most.
+    """
+    return math.exp(-best) * WORDS * 1.0001  # the mass is rounded
+
+
+@callee
+def _lowest_word(reach):
+    return np.int64(max(WORDS - 2 - reach, 0.0)) if reach > 0.5 else np.int64(WORDS)
+
+
+@callee
+def _score(v, top, inverse, word):
+    gap = 0.0 if v == top else np.float64((v - top) * inverse)
+    return gap - math.log(-math.log((np.float64(word) + 0.5) / WORDS))
+
+
+@callee
+def _draw_words(words, seed, offset, row, group):
+    """Write the words of a block, those of one place in their groups together; return the last."""
+    highest = np.uint32(0)
+    for i in range(GROUPS):
+        a, b, c, d = philox(seed, offset, row, group + i)
+        store(words, i, a)
+        store(words, GROUPS + i, b)
+        store(words, 2 * GROUPS + i, c)
+        store(words, 3 * GROUPS + i, d)
+        a, c = max(a, b), max(c, d)
+        highest = max(highest, max(a, c))
+    return highest
+
+
+@callee
+def _draw(reaches, words, x, maxima, vocab, top, inverse, seed, offset, row, least, stop):
+    """The winning column of those above `least`, or equal to it and before `stop`."""
+    winner = first(x, maxima, vocab, top)  # is always left, and a good score to begin with
+    word = philox(seed, offset, row, winner >> 2)[winner & 3]
+    best = _score(top, top, inverse, word)
+    rarity = _rarity(best)
+    for b in range((vocab + BLOCK - 1) // BLOCK):
+        lowest = _lowest_word(load(reaches, b) * rarity)
+        if load(maxima, b) < least or lowest == WORDS:
+            continue
+        if _draw_words(words, seed, offset, row, b * GROUPS) < lowest:
+            continue
+        for i in range(BLOCK):
+            word = load(words, i)
+            if word >= lowest:
+                j = b * BLOCK + (i % GROUPS) * 4 + i // GROUPS
+                v = load(x, j) if j < vocab else real(x, -INFINITY)
+                if v > least or (v == least and j < stop):
+                    score = _score(v, top, inverse, word)
+                    if score > best:
+                        winner, best, rarity = j, score, _rarity(score)
+    return winner
+
+
+@callee
+def _draw_listed(masses, values, columns, count, top, inverse, seed, offset, row, least, stop):
+    """The place in the list of the winner of those above `least`, or equal and before `stop`."""
+    winner, best, rarity = 0, LOWEST_SCORE, _rarity(LOWEST_SCORE)
+    for j in range(count):
+        v = load(values, j)
+        if v > least or (v == least and j < stop):
+            column = load(columns, j)
+            word = philox(seed, offset, row, column >> 2)[column & 3]
+            if word >= _lowest_word(load(masses, j) * rarity):
+                score = _score(v, top, inverse, word)
+                if score > best:
+                    winner, best, rarity = j, score, _rarity(score)
+    return winner
+
+
+@callee
+def _sample_all(reaches, words, x, maxima, vocab, top, least, inverse, p, seed, offset, row):
+    """A token of those of the whole row from `least` on, cut to top-p."""
+    stop = vocab
+    weigh(reaches, maxima, (vocab + BLOCK - 1) // BLOCK, top, inverse)
+    while True:
+        token = _draw(
+            reaches, words, x, maxima, vocab, top, inverse, seed, offset, row, least, stop
+        )
+        if p == 1 or _is_short(x, vocab, token, top, inverse, p):
+            return token
+        least, stop = load(x, token), token
+
+
+@callee
+def _sample_listed(
+    masses, values, columns, count, top, least, inverse, p, seed, offset, row
+):  # fmt: skip
+    """A token of those of the list from `least` on, cut to top-p."""
+    stop = count
+    weigh(masses, values, count, top, inverse)
+    while True:
+        j = _draw_listed(
+            masses, values, columns, count, top, inverse, seed, offset, row, least, stop
+        )
+        if p == 1 or _is_short(values, count, j, top, inverse, p):
+            return np.int64(load(columns, j))
+        least, stop = load(values, j), j
+
+
+@callee
+def draw_token(
+    maxima, masses, values, columns, words, x, vocab, top, t, k, p, m, seed, offset, row
+):  # fmt: skip
+    """A token of a row whose largest logit `top` is above -inf."""
+    if t == 0 or k == 1 or p == 0:
+        return first(x, maxima, vocab, top)
+    inverse, least = inverse_of(t), least_for_min_p(top, t, m)
+    if k == 0 or k >= vocab:
+        return _sample_all(
+            masses, words, x, maxima, vocab, top, least, inverse, p, seed, offset, row
+        )
+    count = gather_top(values, columns, x, maxima, vocab, k, top)
+    return _sample_listed(masses, values, columns, count, top, least, inverse, p, seed, offset, row)

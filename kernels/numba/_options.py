@@ -1,0 +1,131 @@
+"""The options of a row of logits; and the row with penalties, bias and mask, in fp32 or fp64."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tilewise.kernels.numba._parallel import callee
+from tilewise.kernels.numba._ranks import BLOCK, INFINITY
+from tilewise.kernels.numba._shared import CACHE_LINE, wide_dtype
+from tilewise.kernels.numba._simd import KINDS, address, load, offset, pointer, real, store
+
+INT32, UINT32, INT64 = np.int32(0), np.uint32(0), np.int64(0)  # kinds
+NUMBERS = 6  # temperature, top_p, min_p and the penalties for repetition, presence, frequency
+COUNT = 2 * NUMBERS + 5  # of the arguments of a launcher that `packed` takes
+
+
+def packed(arguments: tuple) -> tuple[tuple, int, tuple, tuple]:
+    """Addresses of each row's own top-k and numbers; for all rows top-k, and numbers; and of
+    history, bias and mask the address and how far rows are apart."""
+    each, (history, bias, mask) = arguments[: NUMBERS + 1], arguments[NUMBERS + 1 : NUMBERS + 4]
+    top_k, *numbers = arguments[NUMBERS + 4 : COUNT]
+    length = 0 if history is None else history.shape[1]
+    sources = (address(history), length, *_lying(bias), *_lying(mask))
+    return tuple(map(address, each)), int(top_k), tuple(map(float, numbers)), sources
+
+
+def _lying(x: Tensor | None) -> tuple[int, int]:
+    return address(x), 0 if x is None else x.stride(0)
+
+
+def is_adjusted(arguments: tuple) -> bool:
+    """Whether a row is another one than was given."""
+    return any(x is not None for x in arguments[NUMBERS + 1 : NUMBERS + 4])
+
+
+class Scratch:
+    """Memory of a task: block maxima, masses, values, columns, the adjusted row and its counts."""
+
+    def __init__(self, logits: Tensor, arguments: tuple):
+        vocab, wide = logits.shape[1], wide_dtype(logits.dtype).itemsize
+        history = arguments[NUMBERS + 1]
+        row = is_adjusted(arguments) * (vocab + BLOCK)
+        sizes = (
+            (-(-vocab // BLOCK), wide), *3 * [(vocab + BLOCK, wide)], (row, wide),
+            (0 if history is None else vocab, 4),
+        )  # fmt: skip
+        places, size = [], 0
+        for count, width in sizes:
+            places.append(size)
+            size += -(-count * width // CACHE_LINE) * CACHE_LINE
+        self.tasks = min(len(logits), torch.get_num_threads())
+        self.places, self.size = tuple(places), size
+        self.memory = logits.new_empty(self.tasks * size, dtype=torch.uint8)
+
+    def kinds(self, logits: Tensor, arguments: tuple) -> tuple:
+        """Of the logits, of what is drawn from, and of what is computed in."""
+        kind, wide = KINDS[logits.dtype], KINDS[wide_dtype(logits.dtype)]
+        return kind, wide if is_adjusted(arguments) else kind, wide
+
+
+@callee
+def _number(at, i, number, wide):
+    return load(pointer(at, wide), i) if at else real(wide, number)
+
+
+@callee
+def options_of(i, places, k, numbers, wide):
+    """Of row i: whether they are in their ranges; temperature, top-k, top-p, min-p; penalties for
+    repetition, presence, frequency."""
+    k = load(pointer(places[0], INT64), i) if places[0] else k
+    t = _number(places[1], i, numbers[0], wide)
+    p = _number(places[2], i, numbers[1], wide)
+    m = _number(places[3], i, numbers[2], wide)
+    repetition = _number(places[4], i, numbers[3], wide)
+    presence = _number(places[5], i, numbers[4], wide)
+    frequency = _number(places[6], i, numbers[5], wide)
+    can = t >= 0 and t < INFINITY and k >= 0 and p >= 0 and p <= 1 and m >= 0 and m <= 1
+    can = can and repetition > 0 and repetition < INFINITY
+    can = can and abs(presence) < INFINITY and abs(frequency) < INFINITY
+    return can, (t, k, p, m), (repetition, presence, frequency)
+
+
+@callee
+def clear_counts(counts, sources, vocab):
+    """What `adjusted_row` finds, and leaves, at 0."""
+    if sources[0]:
+        for j in range(vocab):
+            store(counts, j, np.int32(0))
+
+
+@callee
+def _penalise(y, counts, history, length, vocab, penalties):
+    repetition, presence, frequency = penalties
+    for n in range(length):
+        token = load(history, n)
+        if token >= 0 and token < vocab:
+            store(counts, token, np.int32(load(counts, token) + 1))
+    for n in range(length):
+        token = load(history, n)
+        if token >= 0 and token < vocab and load(counts, token) > 0:
+            v = load(y, token)
+            v = v / repetition if v > 0 else v * repetition
+            v = v - frequency * real(y, load(counts, token))
+            store(y, token, v - presence)
+            store(counts, token, np.int32(0))
+
+
+@callee
+def _forbid(y, words, vocab):
+    for w in range((vocab + 31) // 32):
+        word, part = load(words, w), offset(y, w * 32)
+        for j in range(min(32, vocab - w * 32)):
+            if (word >> np.uint32(j)) & np.uint32(1) == 0:
+                store(part, j, real(y, -INFINITY))
+
+
+@callee
+def adjust(y, counts, x, vocab, i, sources, penalties, wide):
+    """Write row i as it is to be drawn from."""
+    history_at, length, bias_at, bias_stride, mask_at, mask_stride = sources
+    for j in range(vocab):
+        store(y, j, load(x, j))
+    if history_at:
+        history = offset(pointer(history_at, INT64), i * length)
+        _penalise(y, counts, history, length, vocab, penalties)
+    if bias_at:
+        bias = offset(pointer(bias_at, wide), i * bias_stride)
+        for j in range(vocab):
+            store(y, j, load(y, j) + load(bias, j))
+    if mask_at:
+        _forbid(y, offset(pointer(mask_at, UINT32), i * mask_stride), vocab)

@@ -1,0 +1,29 @@
+"""What the ops that draw tokens share, below them: options and their checks, formula, launch."""
+
+from tilewise.sampling.formula import Ranked, adjusted, counts_of, noise_of, ranked
+from tilewise.sampling.launch import (
+    OPTIONS,
+    as_floats,
+    as_options,
+    filters_inputs,
+    rows_of,
+    without_new_options,
+)
+from tilewise.sampling.options import check_logits, checked, refuse_bad_rows
+
+__all__ = [
+    "OPTIONS",
+    "Ranked",
+    "adjusted",
+    "as_floats",
+    "as_options",
+    "check_logits",
+    "checked",
+    "counts_of",
+    "filters_inputs",
+    "noise_of",
+    "ranked",
+    "refuse_bad_rows",
+    "rows_of",
+    "without_new_options",
+]

@@ -1,0 +1,132 @@
+"""What sampling refuses, each sentence once."""
+
+import math
+
+import pytest
+import torch
+from cases import DEVICE
+
+import tilewise
+
+INFINITY, NAN = math.inf, math.nan
+
+X = torch.zeros(2, 8, device=DEVICE)
+COLUMN, META = X[:, 0], X[:, 0].to("meta")
+GENERATOR = torch.Generator()
+IDS = torch.zeros(2, 3, dtype=torch.int64, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    "error, message, options",
+    [
+        (TypeError, "logits must be floating point, got torch.int64", {"logits": X.long()}),
+        (ValueError, r"logits must be \[batch, vocab\], got \[8\]", {"logits": X[0]}),
+        (ValueError, "temperature must be at least 0 and finite, got -1", {"temperature": -1}),
+        (ValueError, "temperature must be .* finite, got inf", {"temperature": INFINITY}),
+        (ValueError, "temperature must be .* finite, got nan", {"temperature": NAN}),
+        (TypeError, "temperature must be a number or a tensor, got str", {"temperature": "1"}),
+        (TypeError, "temperature must be floating point, got", {"temperature": COLUMN.long()}),
+        (ValueError, r"temperature must be .* \[2\], got \[3\]", {"temperature": X[0, :3]}),
+        (RuntimeError, f"temperature must be on {DEVICE}.*, got meta", {"temperature": META}),
+        (ValueError, "top_p must be from 0 to 1, got 1.5", {"top_p": 1.5}),
+        (ValueError, "top_p must be from 0 to 1, got -0.1", {"top_p": -0.1}),
+        (TypeError, "top_p must be a number or a tensor, got bool", {"top_p": True}),
+        (ValueError, "top_k must be at least 0, got -1", {"top_k": -1}),
+        (TypeError, "top_k must be an int or a tensor, got float", {"top_k": 2.0}),
+        (TypeError, "top_k must be torch.int64 or torch.int32, got", {"top_k": COLUMN}),
+        (ValueError, r"top_k must be a number or \[2\], got \[8\]", {"top_k": X[0].long()}),
+        (ValueError, "min_p must be from 0 to 1, got 1.1", {"min_p": 1.1}),
+        (TypeError, "min_p must be floating point, got torch.int64", {"min_p": COLUMN.long()}),
+        (
+            ValueError,
+            "repetition_penalty must be above 0 and finite, got 0",
+            {"repetition_penalty": 0.0, "history": IDS},
+        ),
+        (
+            ValueError,
+            "presence_penalty must be finite, got inf",
+            {"presence_penalty": INFINITY, "history": IDS},
+        ),
+        (
+            ValueError,
+            r"frequency_penalty must be a number or \[2\], got \[8\]",
+            {"frequency_penalty": X[0], "history": IDS},
+        ),
+        (
+            ValueError,
+            "frequency_penalty must come with history, got none",
+            {"frequency_penalty": 1.0},
+        ),
+        (TypeError, "history must be torch.int64, got torch.int32", {"history": IDS.int()}),
+        (TypeError, "history must be torch.int64, got list", {"history": [[1], [2]]}),
+        (ValueError, r"history must be \[2, length\], got \[3, 2\]", {"history": IDS.t()}),
+        (RuntimeError, f"history must be on {DEVICE}.*, got meta", {"history": IDS.to("meta")}),
+        (TypeError, "logit_bias must be floating point, got torch.int64", {"logit_bias": IDS}),
+        (TypeError, "logit_bias must be floating point, got dict", {"logit_bias": {1: 2.0}}),
+        (ValueError, r"logit_bias must be \[8\] or \[2, 8\], got \[2\]", {"logit_bias": COLUMN}),
+        (RuntimeError, f"logit_bias must be on {DEVICE}.*, got meta", {"logit_bias": X.to("meta")}),
+        (TypeError, "mask must be torch.int32, got torch.bool", {"mask": X > 0}),
+        (ValueError, r"mask must be \[2, 1\], got \[2, 3\]", {"mask": IDS.int()}),
+        (
+            RuntimeError,
+            f"mask must be on {DEVICE}.*, got meta",
+            {"mask": IDS[:, :1].int().to("meta")},
+        ),
+        (TypeError, "seed must be an int or a tensor, got float", {"seed": 1.0}),
+        (TypeError, "seed must be torch.int64, got torch.float32", {"seed": COLUMN}),
+        (ValueError, "must be given seed or generator", {"seed": 1, "generator": GENERATOR}),
+        (ValueError, r"seed must be \[\] or \[2\], got \[8\]", {"seed": X[0].long()}),
+        (ValueError, "backend must be one of numba, triton, reference", {"backend": "cuda"}),
+    ],
+)
+def test_wrong_input_is_refused(error, message, options):
+    with pytest.raises(error, match="sample: " + message):
+        tilewise.sample(**{"logits": X} | options)
+
+
+ROW = X[0]
+
+
+@pytest.mark.parametrize(
+    "message, options",
+    [
+        ("logits must be without NaN, got nan in row 1", {"logits": torch.stack([ROW, ROW / 0])}),
+        ("logits must be above -inf for some token that is allowed, got -inf in row 1",
+         {"mask": torch.tensor([[1], [0]], dtype=torch.int32, device=DEVICE)}),
+        ("temperature must be at least 0 and finite, got -2.0 in row 1",
+         {"temperature": torch.tensor([1.0, -2.0], device=DEVICE)}),
+        ("top_p must be from 0 to 1, got nan in row 0",
+         {"top_p": torch.tensor([NAN, 2.0], device=DEVICE)}),
+        ("repetition_penalty must be above 0 and finite, got 0.0 in row 1",
+         {"repetition_penalty": torch.tensor([1.0, 0.0], device=DEVICE), "history": IDS}),
+        ("top_k must be at least 0, got -3 in row 1",
+         {"top_k": torch.tensor([1, -3], device=DEVICE)}),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_refused_where_asked(message, options):
+    call = {"logits": X, "seed": 1} | options
+    assert (tilewise.sample(**call) == -1).any()
+    with pytest.raises(ValueError, match=f"^sample: {message}$"):
+        tilewise.sample(**call, check_inputs=True)
+
+
+def test_good_rows_are_not_refused():
+    each = {"temperature": COLUMN, "top_p": COLUMN + 1, "repetition_penalty": COLUMN + 1}
+    tokens = tilewise.sample(X, **each, history=IDS, seed=1, check_inputs=True)
+    assert (tokens >= 0).all()
+    assert tilewise.sample(X[:0], seed=1, check_inputs=True).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "lacks, options",
+    [
+        ("min_p", {"min_p": 0.1}),
+        ("repetition_penalty and no history", {"repetition_penalty": 1.1, "history": IDS}),
+        ("logit_bias", {"logit_bias": ROW}),
+        ("mask", {"mask": IDS[:, :1].int()}),
+    ],
+)
+def test_triton_names_what_it_lacks(lacks, options):
+    declared = tilewise.OPS["sample"].backends["triton"]
+    assert declared.refuses(X, temperature=1.0, **options) == f"has no {lacks}"
+    assert declared.refuses(X, temperature=1.0, top_k=3, top_p=0.5) is None
