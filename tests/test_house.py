@@ -59,8 +59,12 @@ FAMILIES = {
     "attention_with_lse": "attention",
     "bias_gelu": "gelu",
     "cross_entropy_with_lse": "cross_entropy",
+    "filter_logits": "sample",
+    "filtered_probs": "sample",
     "glu_packed": "glu",
     "log_softmax": "softmax",
+    "sample_with_logprobs": "sample",
+    "top_k": "sample",
 }
 ROOMS = {
     "cuda": ["csrc/cuda/{}.cu", "kernels/cuda/{}.py"],

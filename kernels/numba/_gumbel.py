@@ -9,11 +9,13 @@ import math
 
 import numpy as np
 
+from tilewise.kernels.numba._options import INT32, INT64, UINT32, options_of, row_of
 from tilewise.kernels.numba._parallel import callee
 from tilewise.kernels.numba._philox import philox
 from tilewise.kernels.numba._ranks import (
     BLOCK,
     INFINITY,
+    block_maxima,
     first,
     gather_top,
     inverse_of,
@@ -21,7 +23,7 @@ from tilewise.kernels.numba._ranks import (
     masses_of,
     weigh,
 )
-from tilewise.kernels.numba._simd import load, real, store
+from tilewise.kernels.numba._simd import load, pointer, real, store
 
 GROUPS = BLOCK // 4
 WORDS = 2.0**32
@@ -156,3 +158,32 @@ def draw_token(
         )
     count = gather_top(values, columns, x, maxima, vocab, k, top)
     return _sample_listed(masses, values, columns, count, top, least, inverse, p, seed, offset, row)
+
+
+@callee
+def draw_row(
+    i, x_at, places, k, numbers, sources, draws, scratch, parts, kinds, vocab, x_stride
+):  # fmt: skip
+    """The token of row i, or -1; the row as it was drawn from, its largest logit and its filters.
+
+    In `scratch` are then its block maxima. `draws` are the addresses of seeds and offsets, how far
+    those of rows are apart, and what counts where there are none.
+    """
+    seeds_at, offsets_at, seed_stride, offset_stride, seed, place = draws
+    wide = kinds[2]
+    maxima, masses = pointer(scratch + parts[0], wide), pointer(scratch + parts[1], wide)
+    values, columns = pointer(scratch + parts[2], wide), pointer(scratch + parts[3], INT32)
+    words, counts = pointer(scratch + parts[3], UINT32), pointer(scratch + parts[5], INT32)
+    can, filters, penalties = options_of(i, places, k, numbers, wide)
+    x = row_of(x_at, i, x_stride, scratch + parts[4], counts, vocab, sources, penalties, kinds)
+    top = block_maxima(maxima, x, vocab)
+    token = -1
+    if can and top > -INFINITY:
+        t, top_k, p, m = filters
+        token = draw_token(
+            maxima, masses, values, columns, words, x, vocab, top, t, top_k, p, m,
+            load(pointer(seeds_at, INT64), i * seed_stride) if seeds_at else seed,
+            load(pointer(offsets_at, INT64), i * offset_stride) if offsets_at else place,
+            0 if seed_stride else i,
+        )  # fmt: skip
+    return token, x, top, filters

@@ -33,29 +33,36 @@ def is_adjusted(arguments: tuple) -> bool:
     return any(x is not None for x in arguments[NUMBERS + 1 : NUMBERS + 4])
 
 
+def packed_draws(seeds: Tensor | None, offsets: Tensor | None, seed: int, offset: int) -> tuple:
+    """Addresses of each row's own seed and offset, how far they are apart, and those for all."""
+    strides = (0 if x is None else x.ndim for x in (seeds, offsets))
+    return address(seeds), address(offsets), *strides, seed, offset
+
+
 class Scratch:
-    """Memory of a task: block maxima, masses, values, columns, the adjusted row and its counts."""
+    """Memory of a task: block maxima, masses, values, columns, the adjusted row and its counts; and
+    what else is asked for, as counts of elements and their bytes."""
 
-    def __init__(self, logits: Tensor, arguments: tuple):
+    def __init__(self, logits: Tensor, arguments: tuple, *more: tuple[int, int]):
         vocab, wide = logits.shape[1], wide_dtype(logits.dtype).itemsize
-        history = arguments[NUMBERS + 1]
         row = is_adjusted(arguments) * (vocab + BLOCK)
+        counts = 0 if arguments[NUMBERS + 1] is None else vocab
         sizes = (
-            (-(-vocab // BLOCK), wide), *3 * [(vocab + BLOCK, wide)], (row, wide),
-            (0 if history is None else vocab, 4),
+            (-(-vocab // BLOCK), wide), *3 * [(vocab + BLOCK, wide)], (row, wide), (counts, 4),
+            *more,
         )  # fmt: skip
-        places, size = [], 0
+        self.places, self.size = (), 0
         for count, width in sizes:
-            places.append(size)
-            size += -(-count * width // CACHE_LINE) * CACHE_LINE
+            self.places += (self.size,)
+            self.size += -(-count * width // CACHE_LINE) * CACHE_LINE
         self.tasks = min(len(logits), torch.get_num_threads())
-        self.places, self.size = tuple(places), size
-        self.memory = logits.new_empty(self.tasks * size, dtype=torch.uint8)
+        self.memory = logits.new_empty(self.tasks * self.size, dtype=torch.uint8)
 
-    def kinds(self, logits: Tensor, arguments: tuple) -> tuple:
-        """Of the logits, of what is drawn from, and of what is computed in."""
-        kind, wide = KINDS[logits.dtype], KINDS[wide_dtype(logits.dtype)]
-        return kind, wide if is_adjusted(arguments) else kind, wide
+
+def row_kinds(logits: Tensor, arguments: tuple) -> tuple:
+    """Kinds of the logits, of what is drawn from, and of what is computed in."""
+    kind, wide = KINDS[logits.dtype], KINDS[wide_dtype(logits.dtype)]
+    return kind, wide if is_adjusted(arguments) else kind, wide
 
 
 @callee
@@ -115,7 +122,7 @@ def _forbid(y, words, vocab):
 
 
 @callee
-def adjust(y, counts, x, vocab, i, sources, penalties, wide):
+def _adjust(y, counts, x, vocab, i, sources, penalties, wide):
     """Write row i as it is to be drawn from."""
     history_at, length, bias_at, bias_stride, mask_at, mask_stride = sources
     for j in range(vocab):
@@ -129,3 +136,14 @@ def adjust(y, counts, x, vocab, i, sources, penalties, wide):
             store(y, j, load(y, j) + load(bias, j))
     if mask_at:
         _forbid(y, offset(pointer(mask_at, UINT32), i * mask_stride), vocab)
+
+
+@callee
+def row_of(x_at, i, x_stride, y_at, counts, vocab, sources, penalties, kinds):
+    """Row i as it is to be drawn from: where it lies, or adjusted at `y_at`."""
+    given, drawn, wide = kinds
+    if sources[0] or sources[2] or sources[4]:
+        x = offset(pointer(x_at, given), i * x_stride)
+        _adjust(pointer(y_at, wide), counts, x, vocab, i, sources, penalties, wide)
+        return pointer(y_at, drawn)
+    return offset(pointer(x_at, drawn), i * x_stride)

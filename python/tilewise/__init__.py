@@ -14,6 +14,7 @@ from tilewise.ops.attention_varlen import attention_varlen, attention_varlen_wit
 from tilewise.ops.cross_entropy import cross_entropy, cross_entropy_, cross_entropy_with_lse
 from tilewise.ops.dropout_add import dropout_add
 from tilewise.ops.embed import embed
+from tilewise.ops.filter_logits import filter_logits, filtered_probs
 from tilewise.ops.gelu import bias_gelu, gelu
 from tilewise.ops.glu import glu, glu_packed
 from tilewise.ops.layer_norm import add_layer_norm, layer_norm
@@ -21,8 +22,9 @@ from tilewise.ops.linear_cross_entropy import linear_cross_entropy
 from tilewise.ops.qk_norm_rotary import qk_norm_rotary
 from tilewise.ops.rms_norm import add_rms_norm, rms_norm
 from tilewise.ops.rotary import rotary, rotary_tables
-from tilewise.ops.sample import sample
+from tilewise.ops.sample import sample, sample_with_logprobs
 from tilewise.ops.softmax import log_softmax, softmax
+from tilewise.ops.top_k import top_k
 
 __version__ = "0.1.0"
 
@@ -45,6 +47,8 @@ __all__ = [
     "dropout_add",
     "embed",
     "explain",
+    "filter_logits",
+    "filtered_probs",
     "functional",
     "gelu",
     "glu",
@@ -59,6 +63,8 @@ __all__ = [
     "rotary",
     "rotary_tables",
     "sample",
+    "sample_with_logprobs",
     "softmax",
+    "top_k",
     "tune_allocator",
 ]

@@ -234,8 +234,8 @@ def test_min_p_of_ties_and_infinities(backend, top):
     count = min(many(backend), 2000)
     logits = torch.zeros(count, 40, device=DEVICE)
     logits[:, [5, 11, 30]] = top
-    for m in (1.0, 0.2):
-        tokens = tilewise.sample(logits, min_p=m, seed=1, backend=backend)
+    for m, k in ((1.0, 0), (0.2, 0), (1.0, 35)):
+        tokens = tilewise.sample(logits, min_p=m, top_k=k, seed=1, backend=backend)
         assert set(tokens.tolist()) == {5, 11, 30}
 
 

@@ -130,3 +130,33 @@ def test_triton_names_what_it_lacks(lacks, options):
     declared = tilewise.OPS["sample"].backends["triton"]
     assert declared.refuses(X, temperature=1.0, **options) == f"has no {lacks}"
     assert declared.refuses(X, temperature=1.0, top_k=3, top_p=0.5) is None
+
+
+@pytest.mark.parametrize(
+    "function, error, message, options",
+    [
+        ("filter_logits", ValueError, "logits must be without gradient, got requires_grad=True",
+         {"logits": X.clone().requires_grad_()}),
+        ("filter_logits", ValueError, r"logits must be \[batch, vocab\], got \[8\]",
+         {"logits": ROW}),
+        ("filtered_probs", ValueError, "top_p must be from 0 to 1, got 2", {"top_p": 2}),
+        ("filtered_probs", ValueError, "logits must be without NaN, got nan in row 0",
+         {"logits": X / 0, "check_inputs": True}),
+        ("sample_with_logprobs", ValueError, "top_logprobs must be from 0 to 8, got 9",
+         {"top_logprobs": 9}),
+        ("sample_with_logprobs", TypeError, "top_logprobs must be an int, got NoneType",
+         {"top_logprobs": None}),
+        ("sample_with_logprobs", ValueError, "must be given seed or generator, got both",
+         {"seed": 1, "generator": GENERATOR}),
+        ("sample_with_logprobs", ValueError, "logits must be without gradient, got requires_gr.*",
+         {"logits": X.clone().requires_grad_()}),
+        ("top_k", TypeError, "x must be floating point, got torch.int64", {"x": X.long(), "k": 1}),
+        ("top_k", ValueError, r"x must be \[..., vocab\], got \[\]", {"x": X.sum(), "k": 1}),
+        ("top_k", TypeError, "k must be an int, got float", {"x": X, "k": 1.0}),
+        ("top_k", ValueError, "k must be from 0 to 8, got 9", {"x": X, "k": 9}),
+    ],
+)  # fmt: skip
+def test_the_family_refuses(function, error, message, options):
+    first = {} if function == "top_k" else {"logits": X}
+    with pytest.raises(error, match=f"^{function}: {message}$"):
+        getattr(tilewise, function)(**first | options)

@@ -11,7 +11,16 @@ import torch
 from torch import Generator, Tensor
 
 from tilewise.choice import choose
-from tilewise.op import Inputs, Op, backends_of, declare, register, takes_all, transforming
+from tilewise.op import (
+    Inputs,
+    Op,
+    backends_of,
+    declare,
+    register,
+    takes_all,
+    transforming,
+    wide_dtype,
+)
 from tilewise.rng import as_arguments, seed_and_offset
 from tilewise.sampling import (
     OPTIONS,
@@ -21,6 +30,7 @@ from tilewise.sampling import (
     filters_inputs,
     noise_of,
     ranked,
+    refuse_gradient,
     rows_of,
     without_new_options,
 )
@@ -135,6 +145,124 @@ def sample_reference(
     return torch.where(found.can, found.tokens.gather(-1, best), -1).squeeze(-1)
 
 
+def sample_with_logprobs(
+    logits: Tensor,
+    *,
+    temperature: Tensor | float = 1.0,
+    top_k: Tensor | int | None = None,
+    top_p: Tensor | float | None = None,
+    min_p: Tensor | float | None = None,
+    repetition_penalty: Tensor | float | None = None,
+    presence_penalty: Tensor | float | None = None,
+    frequency_penalty: Tensor | float | None = None,
+    history: Tensor | None = None,
+    logit_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    top_logprobs: int = 0,
+    processed: bool = False,
+    seed: Tensor | int | None = None,
+    offset: Tensor | int | None = None,
+    generator: Generator | None = None,
+    check_inputs: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw as `tilewise.sample`, and say how likely the token was, and which tokens were likeliest.
+
+        logprob = log_softmax(logits)[token]
+
+    of the logits as they were given; with `processed` as they were drawn from, adjusted, over the
+    temperature and filtered. The likeliest come in rank; where there are no more of a probability
+    above 0 they are -1, of log -inf. Where the token is -1, or logits as they were given have NaN
+    or +inf, all of them are -1 and all logs NaN. There is no gradient.
+
+    Args:
+        logits: `[batch, vocab]`, floating point.
+        temperature: As of `tilewise.sample`, like all that follow.
+        top_k: The first of them in rank.
+        top_p: Of these the shortest prefix of this probability.
+        min_p: Of these those at least so many times as likely as the first.
+        repetition_penalty: Of the tokens of `history`.
+        presence_penalty: Of the tokens of `history`.
+        frequency_penalty: Of the tokens of `history`.
+        history: `[batch, length]`, int64.
+        logit_bias: `[vocab]` or `[batch, vocab]`, floating point.
+        mask: `[batch, ceil(vocab / 32)]`, int32.
+        top_logprobs: How many of the likeliest, from 0 to vocab.
+        processed: Whether after all filters.
+        seed: As of `tilewise.sample`.
+        offset: As of `tilewise.sample`.
+        generator: As of `tilewise.sample`.
+        check_inputs: Raise where a row would give -1. Waits for the device.
+        backend: "numba" or "reference". None picks the first that can run.
+
+    Returns:
+        Tokens, `[batch]`, int64, those of `sample`; their logs, `[batch]`, fp32, or fp64 for fp64;
+        logs and tokens of the likeliest, `[batch, top_logprobs]`.
+
+    Raises:
+        TypeError: If a kind or dtype is wrong, or not one that `backend` takes.
+        ValueError: If a shape or range is wrong, a penalty has no history, seed and generator are
+            both given, the logits require a gradient, or `backend` is unknown.
+        RuntimeError: If the devices differ, or `backend` is absent or runs on another device.
+    """
+    name = "sample_with_logprobs"
+    check_logits(name, logits)
+    refuse_gradient(name, "logits", logits)
+    if not isinstance(top_logprobs, int) or isinstance(top_logprobs, bool):
+        got = type(top_logprobs).__name__
+        raise TypeError(f"{name}: top_logprobs must be an int, got {got}")
+    if not 0 <= top_logprobs <= logits.shape[1]:
+        raise ValueError(
+            f"{name}: top_logprobs must be from 0 to {logits.shape[1]}, got {top_logprobs}"
+        )
+    options = checked(
+        name, logits, check_inputs, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty, history=history, logit_bias=logit_bias, mask=mask,
+    )  # fmt: skip
+    seed, offset = seed_and_offset(name, logits.shape[0], logits.device, seed, offset, generator)
+    more = {"top_logprobs": top_logprobs, "processed": processed, "seed": seed, "offset": offset}
+    chosen = choose(SAMPLE_WITH_LOGPROBS, backend, logits, **options, **more)
+    if chosen == "reference" or logits.numel() == 0 or transforming():
+        return sample_with_logprobs_reference(logits, **options, **more)
+    rows = rows_of(logits)
+    arguments = (*as_options(rows, options), top_logprobs, bool(processed))
+    found: tuple[Tensor, Tensor, Tensor, Tensor]
+    found = _forward_with_logprobs(rows, *arguments, *as_arguments(seed, offset), chosen)
+    return found
+
+
+def sample_with_logprobs_reference(
+    logits: Tensor,
+    *,
+    top_logprobs: int = 0,
+    processed: bool = False,
+    seed: Tensor | int | None = None,
+    offset: Tensor | int | None = None,
+    generator: Generator | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rule of `sample_with_logprobs`, in plain PyTorch."""
+    tokens = sample_reference(logits, seed=seed, offset=offset, generator=generator, **options)
+    rows = logits.to(wide_dtype(logits.dtype))
+    if logits.numel() == 0:
+        nothing = rows.new_empty(len(tokens), 0)
+        return tokens, rows.new_full(tokens.shape, math.nan), nothing, nothing.long()
+    known = (tokens >= 0).unsqueeze(-1)
+    if processed:
+        found = ranked(logits, **options)
+        logs, order = torch.where(found.left, found.scores, -math.inf), found.tokens
+        logs = logs - logs.exp().sum(-1, keepdim=True).log()
+    else:
+        rows, order = rows.sort(dim=-1, descending=True, stable=True)
+        logs, known = rows.log_softmax(-1), known & (rows[:, :1] < math.inf)
+    logs = torch.where(known, logs, math.nan)
+    ranks = (order == tokens.unsqueeze(-1)).int().argmax(-1, keepdim=True)
+    first = logs[:, :top_logprobs]
+    named = torch.where(first > -math.inf, order[:, :top_logprobs], -1)
+    return tokens, logs.gather(-1, ranks).squeeze(-1), first.contiguous(), named
+
+
 BACKENDS = backends_of("sample", numba=takes_all, triton=without_new_options)
 
 _forward = register(
@@ -144,10 +272,36 @@ _forward = register(
     fake=lambda logits, *options: logits.new_empty(logits.shape[0], dtype=torch.int64),
 )
 
+_forward_with_logprobs = register(
+    f"sample_with_logprobs_forward(Tensor logits, {OPTIONS}, SymInt top_logprobs, bool processed,"
+    " Tensor? seeds, Tensor? offsets, SymInt seed, SymInt offset, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    BACKENDS,
+    fake=lambda logits, *options: _with_logprobs(logits, options[-7]),
+)
 
-def _inputs(batch: int, vocab: int, *, device: str, dtype: torch.dtype, **filters: Any) -> Inputs:
+
+def _with_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, wide = logits.shape[0], wide_dtype(logits.dtype)
+    tokens, logs = logits.new_empty(batch, dtype=torch.int64), logits.new_empty(batch, dtype=wide)
+    named = logits.new_empty(batch, count, dtype=torch.int64)
+    return tokens, logs, logits.new_empty(batch, count, dtype=wide), named
+
+
+def _inputs(
+    batch: int,
+    vocab: int,
+    top_logprobs: int = -1,
+    processed: bool = False,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    **filters: Any,
+) -> Inputs:
     tensors, options = filters_inputs(batch, vocab, device=device, dtype=dtype, **filters)
     options["seed"] = 1
+    if top_logprobs >= 0:
+        options |= {"top_logprobs": top_logprobs, "processed": processed}
     if filters.get("each"):
         rows = torch.arange(batch, device=device)
         options |= {"seed": rows * 2**40, "offset": rows}
@@ -184,5 +338,33 @@ SAMPLE = declare(
             )
         ],
         bytes_moved=lambda logits, **options: logits.nbytes + 8 * logits.shape[0],
+    )
+)  # fmt: skip
+
+SAMPLE_WITH_LOGPROBS = declare(
+    Op(
+        name="sample_with_logprobs",
+        call=sample_with_logprobs,
+        reference=sample_with_logprobs_reference,
+        backends=backends_of("sample", numba=takes_all),
+        inputs=_inputs,
+        sizes=[
+            {"batch": 3, "vocab": 8, "top_logprobs": 2},
+            {"batch": 0, "vocab": 64, "top_logprobs": 0},  # empty batch
+            {"batch": 3, "vocab": 0, "top_logprobs": 0},  # no token at all
+            {"batch": 2, "vocab": 1, "top_logprobs": 1},
+            {"batch": 37, "vocab": 127, "top_k": 50, "top_logprobs": 5},
+            {"batch": 3, "vocab": 4099, "top_p": 0.9, "top_logprobs": 20, "processed": True},
+            {"batch": 9, "vocab": 129, "each": True, "adjust": True, "top_logprobs": 129},
+            {"batch": 40, "vocab": 515, "top_k": 30, "adjust": True, "top_logprobs": 7,
+             "processed": True},
+        ],
+        workloads=[
+            {"batch": batch, "vocab": 128256, "top_p": 0.9, "top_logprobs": count}
+            for batch in (1, 64)
+            for count in (0, 20)
+        ],
+        bytes_moved=lambda logits, **options: 2 * logits.nbytes,
+        constants=frozenset({0}),
     )
 )  # fmt: skip

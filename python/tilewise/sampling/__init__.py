@@ -9,7 +9,7 @@ from tilewise.sampling.launch import (
     rows_of,
     without_new_options,
 )
-from tilewise.sampling.options import check_logits, checked, refuse_bad_rows
+from tilewise.sampling.options import check_logits, checked, refuse_bad_rows, refuse_gradient
 
 __all__ = [
     "OPTIONS",
@@ -24,6 +24,7 @@ __all__ = [
     "noise_of",
     "ranked",
     "refuse_bad_rows",
+    "refuse_gradient",
     "rows_of",
     "without_new_options",
 ]

@@ -20,7 +20,8 @@ class Ranked:
         logits: Theirs, adjusted, fp32 or fp64.
         scores: Less that of the first, over the temperature.
         left: Whether a token is, after all filters.
-        can: `[batch, 1]`, whether there is one, and the row's options are in their ranges.
+        good: `[batch, 1]`, whether the row's options are in their ranges.
+        can: `[batch, 1]`, whether they are, and there is one that is left.
         temperature: `[batch, 1]` or `[1, 1]`.
     """
 
@@ -28,6 +29,7 @@ class Ranked:
     logits: Tensor
     scores: Tensor
     left: Tensor
+    good: Tensor
     can: Tensor
     temperature: Tensor
 
@@ -109,9 +111,9 @@ def ranked(
     left = (left & (t > 0)) | (rank == 0)
     left = left & (rows > -math.inf) & ((rows == first) | (first < math.inf))
 
-    can = (first > -math.inf) & (t >= 0) & (t < math.inf)
-    can = can & (k >= 0) & (p >= 0) & (p <= 1) & (m >= 0) & (m <= 1)
-    return Ranked(tokens, rows, scores, left, can & _penalties_are_good(rows, **adjustments), t)
+    good = (t >= 0) & (t < math.inf) & (k >= 0) & (p >= 0) & (p <= 1) & (m >= 0) & (m <= 1)
+    good = good & _penalties_are_good(rows, **adjustments)
+    return Ranked(tokens, rows, scores, left, good, good & (first > -math.inf), t)
 
 
 def _penalties_are_good(rows: Tensor, **adjustments: Any) -> Tensor:
