@@ -10,6 +10,7 @@ from torch import Tensor
 from tilewise.kernels.numba._filter import filter_logits_forward
 from tilewise.kernels.numba._gumbel import draw_row
 from tilewise.kernels.numba._logprobs import sample_with_logprobs_forward
+from tilewise.kernels.numba._multinomial import multinomial_forward
 from tilewise.kernels.numba._options import (
     COUNT,
     INT32,
@@ -26,6 +27,7 @@ from tilewise.kernels.numba._top_k import top_k_forward
 
 __all__ = [
     "filter_logits_forward",
+    "multinomial_forward",
     "sample_forward",
     "sample_with_logprobs_forward",
     "top_k_forward",

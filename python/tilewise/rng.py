@@ -75,21 +75,22 @@ torch.library.register_fake(
 
 
 def philox_words(
-    seed: Tensor | int, offset: Tensor | int, rows: Tensor | int, columns: int
+    seed: Tensor | int, offset: Tensor | int, rows: Tensor | int, columns: int, first: int = 0
 ) -> Tensor:
-    """Draw the words of columns 0 to `columns` - 1 of each row.
+    """Draw the words of `columns` columns of each row.
 
     Args:
         seed: int64.
         offset: int64.
         rows: Numbers of the rows. All three broadcast to a shape `[...]`.
         columns: How many columns.
+        first: The first of them, a multiple of four.
 
     Returns:
         `[..., columns]`, int64, from 0 to 2^32 - 1.
     """
     device = next((t.device for t in (rows, seed, offset) if isinstance(t, Tensor)), None)
-    groups = torch.arange(-(-columns // GROUP), device=device)
+    groups = torch.arange(-(-columns // GROUP), device=device) + first // GROUP
     seed, offset, rows = (
         part.unsqueeze(-1) if isinstance(part, Tensor) else part for part in (seed, offset, rows)
     )
@@ -107,6 +108,7 @@ def uniform(
     rows: Tensor | int,
     columns: int,
     dtype: torch.dtype = torch.float32,
+    first: int = 0,
 ) -> Tensor:
     """Draw numbers between 0 and 1, of which neither is ever reached.
 
@@ -118,11 +120,12 @@ def uniform(
         rows: Numbers of the rows. All three broadcast to a shape `[...]`.
         columns: How many columns.
         dtype: float32 or float64.
+        first: The first of them, a multiple of four.
 
     Returns:
         `[..., columns]`, `dtype`.
     """
-    return _as_uniform(philox_words(seed, offset, rows, columns), dtype)
+    return _as_uniform(philox_words(seed, offset, rows, columns, first), dtype)
 
 
 def gumbel(
@@ -131,6 +134,7 @@ def gumbel(
     rows: Tensor | int,
     columns: int,
     dtype: torch.dtype = torch.float32,
+    first: int = 0,
 ) -> Tensor:
     """Draw from the standard Gumbel distribution: logits plus these are largest at a sample.
 
@@ -144,11 +148,13 @@ def gumbel(
         rows: Numbers of the rows. All three broadcast to a shape `[...]`.
         columns: How many columns.
         dtype: Of the result.
+        first: The first of them, a multiple of four.
 
     Returns:
         `[..., columns]`, `dtype`, between -3.2 and 22.9.
     """
-    return (-(-uniform(seed, offset, rows, columns, torch.float64).log()).log()).to(dtype)
+    numbers = uniform(seed, offset, rows, columns, torch.float64, first)
+    return (-(-numbers.log()).log()).to(dtype)
 
 
 def keep_threshold(p: float) -> int:

@@ -160,3 +160,34 @@ def test_the_family_refuses(function, error, message, options):
     first = {} if function == "top_k" else {"logits": X}
     with pytest.raises(error, match=f"^{function}: {message}$"):
         getattr(tilewise, function)(**first | options)
+
+
+@pytest.mark.parametrize(
+    "error, message, options",
+    [
+        (TypeError, "probs must be floating point, got torch.int64", {"probs": X.long()}),
+        (ValueError, r"probs must be \[batch, vocab\], got \[1, 2, 8\]", {"probs": X[None]}),
+        (TypeError, "num_samples must be an int, got float", {"num_samples": 2.0}),
+        (ValueError, "num_samples must be from 1 to 8, without replacement, got 9",
+         {"num_samples": 9}),
+        (ValueError, "num_samples must be at least 1, got 0",
+         {"num_samples": 0, "replacement": True}),
+        (ValueError, "must be given seed or generator, got both",
+         {"seed": 1, "generator": GENERATOR}),
+        (ValueError, "probs must be at least 0 and finite, got -1.0 in row 0",
+         {"probs": X - 1, "check_inputs": True}),
+        (ValueError, "probs must be above 0 somewhere, got none in row 0", {"check_inputs": True}),
+    ],
+)  # fmt: skip
+def test_multinomial_refuses(error, message, options):
+    with pytest.raises(error, match=f"^multinomial: {message}$"):
+        tilewise.multinomial(**{"probs": X, "num_samples": 2} | options)
+
+
+def test_gumbel_argmax_refuses():
+    with pytest.raises(TypeError, match=r"^gumbel_argmax: logits must be floating point, got t"):
+        tilewise.gumbel_argmax(X.long())
+    with pytest.raises(
+        ValueError, match=r"^gumbel_argmax: logits must be \[..., v"
+    ):
+        tilewise.gumbel_argmax(X.sum())

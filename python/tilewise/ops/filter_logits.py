@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from tilewise.choice import choose
-from tilewise.op import Op, backends_of, declare, register, takes_all, transforming, wide_dtype
+from tilewise.op import (
+    Op,
+    Size,
+    backends_of,
+    declare,
+    register,
+    takes_all,
+    transforming,
+    wide_dtype,
+)
 from tilewise.sampling import (
     OPTIONS,
     as_options,
@@ -180,7 +189,7 @@ _forward = register(
     fake=_fake,
 )
 
-_SIZES = [
+_SIZES: list[Size] = [
     {"batch": 3, "vocab": 8},
     {"batch": 0, "vocab": 64},  # empty batch
     {"batch": 3, "vocab": 0},  # no token at all
@@ -191,7 +200,7 @@ _SIZES = [
     {"batch": 5, "vocab": 1000, "min_p": 0.02},
     {"batch": 40, "vocab": 129, "each": True, "adjust": True, "min_p": 0.05},
 ]
-_WORKLOADS = [
+_WORKLOADS: list[Size] = [
     {"batch": batch, "vocab": 128256, **options}
     for batch in (1, 64)
     for options in ({"top_k": 50, "top_p": 0.9}, {"top_p": 0.9}, {"min_p": 0.05})

@@ -221,7 +221,12 @@ def sample_with_logprobs(
         frequency_penalty=frequency_penalty, history=history, logit_bias=logit_bias, mask=mask,
     )  # fmt: skip
     seed, offset = seed_and_offset(name, logits.shape[0], logits.device, seed, offset, generator)
-    more = {"top_logprobs": top_logprobs, "processed": processed, "seed": seed, "offset": offset}
+    more: dict[str, Any] = {
+        "top_logprobs": top_logprobs,
+        "processed": processed,
+        "seed": seed,
+        "offset": offset,
+    }
     chosen = choose(SAMPLE_WITH_LOGPROBS, backend, logits, **options, **more)
     if chosen == "reference" or logits.numel() == 0 or transforming():
         return sample_with_logprobs_reference(logits, **options, **more)

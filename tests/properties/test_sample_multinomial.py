@@ -1,0 +1,115 @@
+"""Several draws from weights: frequencies, with and without replacement; what is never drawn."""
+
+import math
+from itertools import permutations
+
+import pytest
+import torch
+from cases import DEVICE
+from sample_cases import MINE, assert_drawn_from, backend, row_of_logits
+
+import tilewise
+
+__all__ = ["backend"]
+
+INFINITY, NAN = math.inf, math.nan
+BACKENDS = [b for b in MINE if b != "triton"]
+pytestmark = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+SIGNIFICANCE = 1e-6 / 20
+
+
+def count_of(backend):
+    return 4000 if backend == "reference" else 20_000
+
+
+def test_without_replacement_the_order_is_that_of_draws_one_after_the_other(backend):
+    weights, count = [3.0, 0.0, 1.0, 0.5, 2.0], count_of(backend)
+    probs = torch.tensor(weights, device=DEVICE).expand(count, -1)
+    seeds = torch.arange(count, device=DEVICE)
+    drawn = tilewise.multinomial(probs, 3, seed=seeds, backend=backend)
+    expected = {}
+    for places in permutations([0, 2, 3, 4], 3):
+        p, left = 1.0, sum(weights)
+        for place in places:
+            p, left = p * weights[place] / left, left - weights[place]
+        expected[places[0] * 25 + places[1] * 5 + places[2]] = p
+    code = drawn[:, 0] * 25 + drawn[:, 1] * 5 + drawn[:, 2]
+    assert_drawn_from(code, expected, SIGNIFICANCE)
+
+
+@pytest.mark.parametrize("apart", ["seeds", "places"])
+def test_with_replacement_draws_are_independent(backend, apart):
+    weights, count = [3.0, 0.0, 1.0, 0.5], count_of(backend)
+    probs = torch.tensor(weights, device=DEVICE).expand(count, -1)
+    seed = torch.arange(count, device=DEVICE) if apart == "seeds" else 7
+    drawn = tilewise.multinomial(probs, 2, True, seed=seed, backend=backend)
+    total = sum(weights)
+    expected = {a * 4 + b: weights[a] * weights[b] / total**2 for a in (0, 2, 3) for b in (0, 2, 3)}
+    assert_drawn_from(drawn[:, 0] * 4 + drawn[:, 1], expected, SIGNIFICANCE)
+
+
+@pytest.mark.parametrize("vocab", [1, 300, 4099])
+@pytest.mark.parametrize("replacement", [False, True])
+def test_backends_draw_the_same_places(backend, replacement, vocab):
+    probs = row_of_logits(30 * vocab).view(30, vocab).exp()
+    probs[:, 1::4] = 0
+    options = {"seed": torch.arange(30, device=DEVICE) * 2**33, "offset": 5}
+    count = min(vocab, 12)
+    ours = tilewise.multinomial(probs, count, replacement, **options, backend=backend)
+    theirs = tilewise.multinomial(
+        probs.double(), count, replacement, **options, backend="reference"
+    )
+    assert ((ours != theirs).any(1)).sum() <= 1
+    assert not ((ours >= 0) & (ours % 4 == 1)).any()
+
+
+def test_draws_with_replacement_are_those_at_the_next_offsets(backend):
+    probs = row_of_logits(5 * 400).view(5, 400).exp()
+    seeds = torch.arange(5, device=DEVICE)
+    together = tilewise.multinomial(probs, 6, True, seed=seeds, offset=9, backend=backend)
+    one_by_one = [
+        tilewise.multinomial(probs, 1, seed=seeds, offset=9 + s, backend=backend) for s in range(6)
+    ]
+    assert torch.equal(together, torch.cat(one_by_one, 1))
+    tokens = tilewise.sample(probs.log(), seed=seeds, offset=9, backend=backend)
+    assert torch.equal(together[:, 0], tokens)
+
+
+def test_the_rest_is_missing_and_bad_rows_are_not_drawn(backend):
+    probs = torch.zeros(6, 200, device=DEVICE)
+    probs[0, [3, 190]] = 1.0
+    probs[2:] = 1.0
+    probs[2, 7], probs[3, 199], probs[4, 0] = -1.0, NAN, INFINITY
+    drawn = tilewise.multinomial(probs, 4, seed=1, backend=backend)
+    assert set(drawn[0, :2].tolist()) == {3, 190}
+    assert drawn[0, 2:].tolist() == [-1, -1]
+    assert (drawn[1:5] == -1).all()
+    assert len(set(drawn[5].tolist())) == 4 and (drawn[5] >= 0).all()
+    again = tilewise.multinomial(probs, 4, True, seed=1, backend=backend)
+    assert set(again[0].tolist()) <= {3, 190} and (again[1:5] == -1).all()
+
+
+def test_of_one_row_and_of_none(backend):
+    one = tilewise.multinomial(torch.ones(9, device=DEVICE), 9, seed=1, backend=backend)
+    assert sorted(one.tolist()) == list(range(9))
+    none = tilewise.multinomial(torch.ones(0, 9, device=DEVICE), 2, seed=1, backend=backend)
+    assert none.shape == (0, 2) and none.dtype == torch.int64
+    empty = tilewise.multinomial(torch.ones(2, 0, device=DEVICE), 2, True, backend=backend)
+    assert (empty == -1).all()
+
+
+@pytest.mark.parametrize("shape", [(5, 300), (2, 3, 50), (70,), (0, 8), (3, 0)])
+def test_gumbel_argmax_is_sample_without_options(backend, shape):
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(shape, generator=generator)).to(DEVICE)
+    tokens = tilewise.gumbel_argmax(logits, seed=4, offset=2, backend=backend)
+    rows = logits.reshape(math.prod(shape[:-1]), shape[-1])
+    expected = tilewise.sample(rows, seed=4, offset=2, backend=backend)
+    assert torch.equal(tokens, expected.view(shape[:-1]))
+
+
+def test_gumbel_argmax_of_rows_that_cannot_be_drawn(backend):
+    logits = torch.zeros(4, 30, device=DEVICE)
+    logits[0, 3], logits[1], logits[2, [4, 9]] = NAN, -INFINITY, INFINITY
+    tokens = tilewise.gumbel_argmax(logits, seed=4, backend=backend).tolist()
+    assert tokens[:2] == [-1, -1] and tokens[2] in (4, 9) and tokens[3] >= 0
