@@ -66,6 +66,7 @@ FAMILIES = {
     "sample_with_logprobs": "sample",
     "multinomial": "sample",
     "top_k": "sample",
+    "verify_draft": "sample",
 }
 ROOMS = {
     "cuda": ["csrc/cuda/{}.cu", "kernels/cuda/{}.py"],

@@ -24,6 +24,7 @@ from tilewise.kernels.numba._options import (
 from tilewise.kernels.numba._parallel import Kernel
 from tilewise.kernels.numba._simd import address, pointer, store
 from tilewise.kernels.numba._top_k import top_k_forward
+from tilewise.kernels.numba._verify_draft import verify_draft_forward
 
 __all__ = [
     "filter_logits_forward",
@@ -31,6 +32,7 @@ __all__ = [
     "sample_forward",
     "sample_with_logprobs_forward",
     "top_k_forward",
+    "verify_draft_forward",
 ]
 
 

@@ -26,6 +26,7 @@ from tilewise.ops.rotary import rotary, rotary_tables
 from tilewise.ops.sample import sample, sample_with_logprobs
 from tilewise.ops.softmax import log_softmax, softmax
 from tilewise.ops.top_k import top_k
+from tilewise.ops.verify_draft import verify_draft
 
 __version__ = "0.1.0"
 
@@ -70,4 +71,5 @@ __all__ = [
     "softmax",
     "top_k",
     "tune_allocator",
+    "verify_draft",
 ]

@@ -187,7 +187,43 @@ def test_multinomial_refuses(error, message, options):
 def test_gumbel_argmax_refuses():
     with pytest.raises(TypeError, match=r"^gumbel_argmax: logits must be floating point, got t"):
         tilewise.gumbel_argmax(X.long())
-    with pytest.raises(
-        ValueError, match=r"^gumbel_argmax: logits must be \[..., v"
-    ):
+    with pytest.raises(ValueError, match=r"^gumbel_argmax: logits must be \[..., v"):
         tilewise.gumbel_argmax(X.sum())
+
+
+DRAFTED = {
+    "draft_tokens": IDS,
+    "draft_probs": torch.ones(2, 3, 8, device=DEVICE) / 8,
+    "target_logits": torch.zeros(2, 4, 8, device=DEVICE),
+}
+
+
+@pytest.mark.parametrize(
+    "error, message, options",
+    [
+        (TypeError, "draft_tokens must be torch.int64, got torch.int32",
+         {"draft_tokens": IDS.int()}),
+        (ValueError, r"draft_tokens must be \[batch, draft\], got \[3\]", {"draft_tokens": IDS[0]}),
+        (TypeError, "draft_probs must be floating point, got torch.int64",
+         {"draft_probs": DRAFTED["draft_probs"].long()}),
+        (ValueError, r"draft_probs must be \[2, 3, 8\], got \[2, 3, 7\]",
+         {"draft_probs": DRAFTED["draft_probs"][..., :7]}),
+        (ValueError, r"target_logits must be \[2, 4, 8\], got \[2, 3, 8\]",
+         {"target_logits": DRAFTED["target_logits"][:, :3]}),
+        (ValueError, r"target_logits must be \[2, 4, vocab\], got \[2, 8\]",
+         {"target_logits": X}),
+        (RuntimeError, f"draft_probs must be on {DEVICE}.*, got meta",
+         {"draft_probs": DRAFTED["draft_probs"].to("meta")}),
+        (ValueError, "draft_probs must be without gradient, got requires_grad=True",
+         {"draft_probs": DRAFTED["draft_probs"].clone().requires_grad_()}),
+        (ValueError, "top_p must be from 0 to 1, got 1.5", {"top_p": 1.5}),
+        (ValueError, r"temperature must be a number or \[2\], got \[8\]", {"temperature": ROW}),
+        (ValueError, r"mask must be \[2, 1\], got \[2, 3\]", {"mask": IDS.int()}),
+        (ValueError, r"mask must be \[8, 1\], got \[6, 1\]", {"mask": IDS.int()[..., None]}),
+        (ValueError, "logits must be without NaN, got nan in row 0",
+         {"target_logits": DRAFTED["target_logits"] / 0, "check_inputs": True}),
+    ],
+)  # fmt: skip
+def test_verify_draft_refuses(error, message, options):
+    with pytest.raises(error, match=f"^verify_draft: {message}$"):
+        tilewise.verify_draft(**DRAFTED | options)
