@@ -64,6 +64,7 @@ FAMILIES = {
     "glu_packed": "glu",
     "log_softmax": "softmax",
     "sample_with_logprobs": "sample",
+    "linear_sample": "sample",
     "multinomial": "sample",
     "top_k": "sample",
     "verify_draft": "sample",

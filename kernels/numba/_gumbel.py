@@ -48,14 +48,19 @@ def _rarity(best):
 
 
 @callee
-def _lowest_word(reach):
+def lowest_word(reach):
     return np.int64(max(WORDS - 2 - reach, 0.0)) if reach > 0.5 else np.int64(WORDS)
 
 
 @callee
-def _score(v, top, inverse, word):
-    gap = 0.0 if v == top else np.float64((v - top) * inverse)
+def score_of_gap(gap, word):
+    """A gap, or a logit over the temperature, with the noise of this word."""
     return gap - math.log(-math.log((np.float64(word) + 0.5) / WORDS))
+
+
+@callee
+def _score(v, top, inverse, word):
+    return score_of_gap(0.0 if v == top else np.float64((v - top) * inverse), word)
 
 
 @callee
@@ -81,7 +86,7 @@ def _draw(reaches, words, x, maxima, vocab, top, inverse, seed, offset, row, lea
     best = _score(top, top, inverse, word)
     rarity = _rarity(best)
     for b in range((vocab + BLOCK - 1) // BLOCK):
-        lowest = _lowest_word(load(reaches, b) * rarity)
+        lowest = lowest_word(load(reaches, b) * rarity)
         if load(maxima, b) < least or lowest == WORDS:
             continue
         if _draw_words(words, seed, offset, row, b * GROUPS) < lowest:
@@ -107,7 +112,7 @@ def _draw_listed(masses, values, columns, count, top, inverse, seed, offset, row
         if v > least or (v == least and j < stop):
             column = load(columns, j)
             word = philox(seed, offset, row, column >> 2)[column & 3]
-            if word >= _lowest_word(load(masses, j) * rarity):
+            if word >= lowest_word(load(masses, j) * rarity):
                 score = _score(v, top, inverse, word)
                 if score > best:
                     winner, best, rarity = j, score, _rarity(score)

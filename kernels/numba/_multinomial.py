@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tilewise.kernels.numba._gumbel import draw_token
+from tilewise.kernels.numba._gumbel import draw_token, score_of_gap
 from tilewise.kernels.numba._options import INT32, INT64, UINT32, packed_draws
 from tilewise.kernels.numba._parallel import Kernel, callee
 from tilewise.kernels.numba._philox import philox
@@ -14,8 +14,6 @@ from tilewise.kernels.numba._ranks import BLOCK, INFINITY, block_maxima
 from tilewise.kernels.numba._shared import CACHE_LINE, wide_dtype
 from tilewise.kernels.numba._simd import KINDS, address, kind, load, offset, pointer, real, store
 from tilewise.kernels.numba._top_k import rank_top
-
-WORDS = 2.0**32
 
 
 @callee
@@ -41,8 +39,7 @@ def _add_noise(y, vocab, seed, place, row):
             j = group * 4 + i
             v = load(y, j)
             if v > -INFINITY:
-                noise = -math.log(-math.log((np.float64(words[i]) + 0.5) / WORDS))
-                store(y, j, real(y, np.float64(v) + noise))
+                store(y, j, real(y, score_of_gap(np.float64(v), words[i])))
 
 
 @Kernel

@@ -1,5 +1,5 @@
-"""Which drafted tokens stand, and the one after them: first probabilities of the target, all rows in
-parallel; then each sequence is a task."""
+"""Which drafted tokens stand, and the one after them: probabilities of all rows of the target, then
+each sequence is a task."""
 
 import math
 
@@ -7,12 +7,12 @@ import numpy as np
 from torch import Tensor
 
 from tilewise.kernels.numba._filter import filter_logits_forward
+from tilewise.kernels.numba._gumbel import WORDS, score_of_gap
 from tilewise.kernels.numba._options import COUNT, INT64, packed_draws
 from tilewise.kernels.numba._parallel import Kernel, callee
 from tilewise.kernels.numba._philox import philox
 from tilewise.kernels.numba._simd import address, kind, load, offset, pointer, store
 
-WORDS = 2.0**32
 ACCEPTANCE, REPLACEMENT = np.int64(1 << 30), np.int64(1 << 31)  # groups of four columns
 
 
@@ -38,8 +38,7 @@ def _replacement(p, q, vocab, is_drafted, seed, place, row):
             j = group * 4 + i
             rest = _rest(p, q, j, is_drafted, takes_all)
             if rest > 0:
-                noise = -math.log(-math.log((np.float64(words[i]) + 0.5) / WORDS))
-                score = math.log(rest) + noise
+                score = score_of_gap(math.log(rest), words[i])
                 if score > best:
                     best, winner = score, j
     return winner

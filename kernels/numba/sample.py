@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tilewise.kernels.numba._filter import filter_logits_forward
 from tilewise.kernels.numba._gumbel import draw_row
+from tilewise.kernels.numba._linear_sample import linear_sample_forward
 from tilewise.kernels.numba._logprobs import sample_with_logprobs_forward
 from tilewise.kernels.numba._multinomial import multinomial_forward
 from tilewise.kernels.numba._options import (
@@ -28,6 +29,7 @@ from tilewise.kernels.numba._verify_draft import verify_draft_forward
 
 __all__ = [
     "filter_logits_forward",
+    "linear_sample_forward",
     "multinomial_forward",
     "sample_forward",
     "sample_with_logprobs_forward",

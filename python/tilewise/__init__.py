@@ -19,6 +19,7 @@ from tilewise.ops.gelu import bias_gelu, gelu
 from tilewise.ops.glu import glu, glu_packed
 from tilewise.ops.layer_norm import add_layer_norm, layer_norm
 from tilewise.ops.linear_cross_entropy import linear_cross_entropy
+from tilewise.ops.linear_sample import linear_sample
 from tilewise.ops.multinomial import gumbel_argmax, multinomial
 from tilewise.ops.qk_norm_rotary import qk_norm_rotary
 from tilewise.ops.rms_norm import add_rms_norm, rms_norm
@@ -58,6 +59,7 @@ __all__ = [
     "gumbel_argmax",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_sample",
     "log_softmax",
     "merge_attention",
     "multinomial",

@@ -227,3 +227,26 @@ DRAFTED = {
 def test_verify_draft_refuses(error, message, options):
     with pytest.raises(error, match=f"^verify_draft: {message}$"):
         tilewise.verify_draft(**DRAFTED | options)
+
+
+@pytest.mark.parametrize(
+    "error, message, options",
+    [
+        (TypeError, "hidden must be floating point, got torch.int64", {"hidden": X.long()}),
+        (ValueError, r"hidden must be \[batch, dim\], got \[8\]", {"hidden": ROW}),
+        (ValueError, r"weight must be \[vocab, 8\], got \[2, 7\]", {"weight": X[:, :7]}),
+        (TypeError, "weight must be torch.float32, got torch.float16",
+         {"weight": X.expand(2, 8).half()}),
+        (ValueError, r"linear_bias must be \[2\], got \[8\]", {"linear_bias": ROW}),
+        (RuntimeError, f"weight must be on {DEVICE}.*, got meta", {"weight": X.to("meta")}),
+        (ValueError, "temperature must be at least 0 and finite, got -1", {"temperature": -1}),
+        (ValueError, r"seed must be \[\] or \[2\], got \[8\]", {"seed": ROW.long()}),
+        (ValueError, "hidden must be without NaN, got nan in row 0",
+         {"hidden": X / 0, "check_inputs": True}),
+        (ValueError, "temperature must be at least 0 and finite, got -1.0 in row 0",
+         {"temperature": COLUMN - 1, "check_inputs": True}),
+    ],
+)  # fmt: skip
+def test_linear_sample_refuses(error, message, options):
+    with pytest.raises(error, match=f"^linear_sample: {message}$"):
+        tilewise.linear_sample(**{"hidden": X, "weight": X} | options)

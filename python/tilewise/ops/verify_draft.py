@@ -245,7 +245,8 @@ BACKENDS = backends_of("sample", numba=takes_all, leading=2)
 
 _forward = register(
     "verify_draft_forward(Tensor draft_tokens, Tensor draft_probs, Tensor target_logits,"
-    f" {OPTIONS}, Tensor? seeds, Tensor? offsets, SymInt seed, SymInt offset, str backend) -> (Tensor, Tensor)",
+    f" {OPTIONS}, Tensor? seeds, Tensor? offsets, SymInt seed, SymInt offset, str backend)"
+    " -> (Tensor, Tensor)",
     BACKENDS,
     fake=lambda draft_tokens, *rest: (
         draft_tokens.new_empty(draft_tokens.shape[0]),

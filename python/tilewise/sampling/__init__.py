@@ -9,7 +9,13 @@ from tilewise.sampling.launch import (
     rows_of,
     without_new_options,
 )
-from tilewise.sampling.options import check_logits, checked, refuse_bad_rows, refuse_gradient
+from tilewise.sampling.options import (
+    check_logits,
+    checked,
+    refuse_bad_rows,
+    refuse_gradient,
+    refuse_nan,
+)
 
 __all__ = [
     "OPTIONS",
@@ -25,6 +31,7 @@ __all__ = [
     "ranked",
     "refuse_bad_rows",
     "refuse_gradient",
+    "refuse_nan",
     "rows_of",
     "without_new_options",
 ]

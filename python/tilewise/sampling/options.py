@@ -161,10 +161,15 @@ def refuse_bad_rows(op: str, logits: Tensor, options: dict[str, Any]) -> None:
     if logits.numel() == 0:
         return
     rows = adjusted(logits, **options)
-    bad = rows.isnan().any(1)
-    _refuse_row(op, "logits", "without NaN", ~bad, torch.where(bad, math.nan, 0.0))
+    refuse_nan(op, "logits", rows)
     top = rows.amax(1)
     _refuse_row(op, "logits", "above -inf for some token that is allowed", top > -math.inf, top)
+
+
+def refuse_nan(op: str, name: str, rows: Tensor) -> None:
+    """Refuse the first row with NaN; waits for it."""
+    bad = rows.isnan().any(1)
+    _refuse_row(op, name, "without NaN", ~bad, torch.where(bad, math.nan, 0.0))
 
 
 def _refuse_row(op: str, name: str, wanted: str, good: Tensor, values: Tensor) -> None:
