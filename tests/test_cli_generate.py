@@ -44,6 +44,36 @@ def test_options_reach_the_drawing(trained: Path, capfd: pytest.CaptureFixture[s
     assert generated(capfd, *options, "--temperature", "5", "--seed", "3") != greedy
 
 
+def test_every_option_reaches_the_drawing(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    found = load_checkpoint(trained / "out")
+    prompt = torch.tensor([encode(found.tokenizer, "the")])
+    fixed = ["--checkpoint", str(trained / "out"), "--prompt", "the", "--max-tokens", "12"]
+    fixed += ["--seed", "3", "--temperature", "2"]
+    plain = generated(capfd, *fixed)
+    bias = torch.zeros(found.config.vocab_size)
+    bias[[65, 30]] = torch.tensor([50.0, -float("inf")])
+    for arguments, options in (
+        (["--min-p", "0.9"], {"min_p": 0.9}),
+        (["--repetition-penalty", "9"], {"repetition_penalty": 9.0}),
+        (["--presence-penalty", "7"], {"presence_penalty": 7.0}),
+        (["--frequency-penalty", "-7"], {"frequency_penalty": -7.0}),
+        (["--logit-bias", "65=50", "--logit-bias", "30=-inf"], {"logit_bias": bias}),
+    ):
+        drawn = generate(found.model, prompt, max_tokens=12, seed=3, temperature=2.0, **options)
+        text = "".join(stream_text(found.tokenizer, map(int, drawn)))
+        assert generated(capfd, *fixed, *arguments) == f"the{text}\n" != plain
+
+
+def test_a_text_ends_before_a_text(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--checkpoint", str(trained / "out"), "--prompt", "the cat", "--seed", "3"]
+    whole = generated(capfd, *options, "--temperature", "2").removeprefix("the cat")[:-1]
+    cut = whole[3:5]
+    assert main(["generate", *options, "--temperature", "2", "--stop", cut, "--stop", "#"]) == 0
+    said = capfd.readouterr()
+    assert said.out == f"the cat{whole.split(cut)[0].split('#')[0]}\n"
+    assert said.err == ""
+
+
 def test_no_prompt_begins_a_document(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options = ["--checkpoint", str(trained / "out"), "--max-tokens", "5", "--temperature", "0"]
     found = load_checkpoint(trained / "out")
@@ -86,6 +116,10 @@ def test_nothing_to_draw_is_the_prompt(trained: Path, capfd: pytest.CaptureFixtu
         (["--temperature", "-1"], "sample: temperature must be "),
         (["--top-k", "-1"], "sample: top_k must be "),
         (["--top-p", "2"], "sample: top_p must be "),
+        (["--min-p", "2"], "sample: min_p must be "),
+        (["--repetition-penalty", "0"], "sample: repetition_penalty must be "),
+        (["--logit-bias", "99999=1"], "logit_bias: must be of tokens from 0 to 27"),
+        (["--stop", ""], "stop: must be texts of a letter at least, got an empty one"),
         (["--device", "xpu"], "device: must be cpu, or cuda where there is one, got 'xpu'"),
     ],
 )

@@ -106,3 +106,40 @@ def test_too_small_a_vocabulary_is_refused() -> None:
 def test_a_tokenizer_without_an_end_is_refused() -> None:
     with pytest.raises(ValueError, match="tokenizer: must have the token"):
         text.end_token(Tokenizer(models.BPE()))
+
+
+@pytest.mark.parametrize(
+    ("stop", "kept"),
+    [
+        (["sat"], "the cat "),
+        (["mat", "cat"], "the "),
+        (["on the mat, on"], "the cat sat on the mat"),
+        (["cat sat", "at"], "the c"),
+        (["the cat"], ""),
+        (["🙂"], "the cat sat on the mat"),
+    ],
+)
+def test_a_stream_ends_before_a_text(stop: list[str], kept: str) -> None:
+    tokenizer = tokenizer_of()
+    tokens = text.encode(tokenizer, "the cat sat on the mat")
+    assert "".join(text.stream_text(tokenizer, tokens, stop)) == kept
+
+
+def test_what_may_begin_a_text_is_held_back_no_longer_than_it_may() -> None:
+    tokenizer = text.train_tokenizer(["abc"], 257)  # a token a byte
+    writer = text.text_writer(tokenizer, ["ababc"])
+    next(writer)
+    pieces = [writer.send(token) for token in text.encode(tokenizer, "xababab")]
+    assert pieces == ["x", "", "", "", "", "ab", ""]
+    with pytest.raises(StopIteration) as over:
+        writer.send(*text.encode(tokenizer, "c"))
+    assert over.value.value == ""
+
+    held = text.encode(tokenizer, "xabab")
+    assert list(text.stream_text(tokenizer, held, ["ababc"])) == ["x", "abab"]
+    assert list(text.stream_text(tokenizer, [*held, -1, *held], ["ababc"])) == ["x", "abab"]
+
+
+def test_a_text_to_stop_at_has_a_letter() -> None:
+    with pytest.raises(ValueError, match="^stop: must be texts of a letter at least, got an empty"):
+        list(text.stream_text(tokenizer_of(), [], [""]))

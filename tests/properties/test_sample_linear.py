@@ -92,7 +92,12 @@ def test_rows_that_cannot_be_drawn_and_infinities(backend):
                 hidden[2:3], weight, linear_bias=given, temperature=t, seed=1, backend=backend
             )
             assert drawn.tolist() == [token]
-        bias[[5, 8999]] = 0.0
+        bias[[5, 8999]] = torch.tensor([0.0, NAN], device=DEVICE)
+        drawn = tilewise.linear_sample(
+            hidden[2:], weight, linear_bias=bias, temperature=t, seed=1, backend=backend
+        )
+        assert drawn.tolist() == [-1] * 4
+        bias[8999] = 0.0
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 9), (3, 4, 0), (3, 0, 9)])

@@ -83,6 +83,9 @@ def test_the_rest_is_missing_and_bad_rows_are_not_drawn(backend):
     drawn = tilewise.multinomial(probs, 4, seed=1, backend=backend)
     assert set(drawn[0, :2].tolist()) == {3, 190}
     assert drawn[0, 2:].tolist() == [-1, -1]
+    all_of_them = tilewise.multinomial(probs[:1], 200, seed=1, backend=backend)
+    assert all_of_them[0, :2].tolist() == drawn[0, :2].tolist()
+    assert (all_of_them[0, 2:] == -1).all()
     assert (drawn[1:5] == -1).all()
     assert len(set(drawn[5].tolist())) == 4 and (drawn[5] >= 0).all()
     again = tilewise.multinomial(probs, 4, True, seed=1, backend=backend)

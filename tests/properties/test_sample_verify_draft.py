@@ -145,6 +145,22 @@ def test_what_is_no_draft_and_rows_without_a_token(backend):
     assert tokens.tolist() == [[2, -1, -1], [2, 2, -1], [2, -1, -1], [2, 2, -1]]
 
 
+def test_where_nothing_was_drafted_the_target_alone_counts(backend):
+    """Its draft probabilities, whatever they are, are not looked at."""
+    drafts = torch.full((200, 1), -1, device=DEVICE)
+    probs = torch.zeros(200, 1, 4, device=DEVICE)
+    probs[..., 2] = 1.0
+    logits = torch.zeros(200, 2, 4, device=DEVICE)
+    logits[..., 2] = 3.0
+    seeds = torch.arange(200, device=DEVICE)
+    accepted, tokens = tilewise.verify_draft(drafts, probs, logits, seed=seeds, backend=backend)
+    assert (accepted == 0).all()
+    assert (tokens[:, 0] == 2).float().mean() > 0.7
+    drafts[:] = 4  # none of the vocabulary
+    again = tilewise.verify_draft(drafts, probs, logits, seed=seeds, backend=backend)
+    assert torch.equal(again[1], tokens)
+
+
 @pytest.mark.parametrize("batch, draft, vocab", [(0, 2, 8), (3, 0, 8), (2, 2, 0)])
 def test_sizes_of_nothing(backend, batch, draft, vocab):
     accepted, tokens = tilewise.verify_draft(

@@ -14,6 +14,7 @@ from tilewise.choice import BACKENDS
 from tilewise.cli import Refusal
 from tilewise.models.checkpoint import Checkpoint, load_checkpoint
 from tilewise.models.generation import generate
+from tilewise.models.requests import bias_of
 from tilewise.models.settings import require_device
 from tilewise.models.text import encode, end_token, stream_text
 
@@ -37,6 +38,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens to draw, at most; fewer if the document ends or the context is full "
         "(default: %(default)s)",
     )
+    _add_drawing(parser)
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a text before which to end; again for another one",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, help="preferred for every op that it can serve"
+    )
+
+
+def _add_drawing(parser: argparse.ArgumentParser) -> None:
+    """The options of `tilewise.sample`."""
     parser.add_argument(
         "--temperature",
         type=float,
@@ -50,11 +67,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=float, metavar="X", help="draw only from the likeliest that make up X"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same text")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(
-        "--backend", choices=BACKENDS, help="preferred for every op that it can serve"
+        "--min-p", type=float, metavar="X", help="only those X times as likely as the likeliest"
     )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="divides logits above 0 of tokens that are there already, and multiplies the others",
+    )
+    parser.add_argument(
+        "--presence-penalty", type=float, metavar="X", help="taken off their logits"
+    )
+    parser.add_argument(
+        "--frequency-penalty",
+        type=float,
+        metavar="X",
+        help="taken off their logits as often as they are there",
+    )
+    parser.add_argument(
+        "--logit-bias",
+        action="append",
+        default=[],
+        type=_token_and_bias,
+        metavar="TOKEN=X",
+        help="added to the logit of a token, by its number; -inf forbids it; again for another one",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same text")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         tokens: list[int] = []
         try:
             checkpoint, drawn = _begin(args)
-            pieces = stream_text(checkpoint.tokenizer, _kept(drawn, tokens))
+            pieces = stream_text(checkpoint.tokenizer, _kept(drawn, tokens), args.stop)
             first = next(pieces, "")  # what is out of range is refused before anything is written
         except ValueError as error:
             raise Refusal(str(error)) from error
@@ -71,13 +110,21 @@ def run(args: argparse.Namespace) -> int:
         for piece in pieces:
             _write(piece)
         _write("\n")
-    if len(tokens) < args.max_tokens and tokens[-1:] != [end_token(checkpoint.tokenizer)]:
+    if len(tokens) < args.max_tokens and not _is_over(tokens, args.stop, checkpoint):
         context = checkpoint.config.context
         print(
             f"tilewise generate: stopped, for the context of {context} tokens is full",
             file=sys.stderr,
         )
     return 0
+
+
+def _is_over(tokens: list[int], stop: list[str], checkpoint: Checkpoint) -> bool:
+    """Whether the text ended by itself: its document, or before a text to stop at."""
+    if tokens[-1:] in ([end_token(checkpoint.tokenizer)], [-1]):
+        return True
+    text = checkpoint.tokenizer.decode(tokens)
+    return any(end in text for end in stop)
 
 
 def _begin(args: argparse.Namespace) -> tuple[Checkpoint, Iterator[Tensor]]:
@@ -94,10 +141,29 @@ def _begin(args: argparse.Namespace) -> tuple[Checkpoint, Iterator[Tensor]]:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        min_p=args.min_p,
+        **_penalties(args),
+        logit_bias=_bias(args, checkpoint),
         seed=args.seed,
         stop_token=end,
     )
     return checkpoint, drawn
+
+
+def _penalties(args: argparse.Namespace) -> dict[str, float]:
+    names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _bias(args: argparse.Namespace, checkpoint: Checkpoint) -> Tensor | None:
+    if not args.logit_bias:
+        return None
+    return bias_of(args.logit_bias, checkpoint.config.vocab_size).to(args.device)
+
+
+def _token_and_bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    return int(token), float(bias)
 
 
 def _kept(drawn: Iterable[Tensor], tokens: list[int]) -> Iterator[int]:

@@ -5,6 +5,7 @@ from tilewise.models.decoder import Decoder, DecoderConfig
 from tilewise.models.encoder import Classifier, Encoder, EncoderConfig, MaskedLanguageModel
 from tilewise.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from tilewise.models.generation import generate, translate
+from tilewise.models.requests import Request, complete
 
 __all__ = [
     "Classifier",
@@ -16,6 +17,8 @@ __all__ = [
     "EncoderDecoderConfig",
     "KVCache",
     "MaskedLanguageModel",
+    "Request",
+    "complete",
     "generate",
     "translate",
 ]

@@ -16,11 +16,12 @@ def generate(
     prompt_tokens: Tensor,
     *,
     max_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
+    temperature: Tensor | float = 1.0,
+    top_k: Tensor | int | None = None,
+    top_p: Tensor | float | None = None,
+    seed: Tensor | int | None = None,
     stop_token: int | None = None,
+    **options: Any,
 ) -> Iterator[Tensor]:
     """Continue a batch of prompts, yielding the next token of each as soon as it is drawn.
 
@@ -31,11 +32,15 @@ def generate(
         model: A decoder.
         prompt_tokens: `[batch, seq]`, int64, on the device of the model, at least one each.
         max_tokens: How many tokens to draw for each prompt, at most.
-        temperature: Divides the logits; 0 takes the likeliest token.
+        temperature: Divides the logits; 0 takes the likeliest token. A number, or one a sequence,
+            `[batch]`, like all options.
         top_k: Draw only from so many likeliest tokens.
         top_p: Draw only from the likeliest tokens that make up this probability.
-        seed: The same seed draws the same tokens. None takes one from torch's generator.
+        seed: The same seed draws the same tokens; with one a sequence, whatever the others are.
+            None takes one from torch's generator.
         stop_token: The token after which a sequence is over; from then on it yields this token.
+        options: What else `tilewise.sample` knows: min_p, penalties, of the tokens of the sequence
+            so far, logit_bias and mask.
 
     Returns:
         An iterator of tokens, `[batch]`, int64.
@@ -51,7 +56,7 @@ def generate(
         cache = model.make_cache(prompt_tokens.shape[0], prompt_tokens.shape[1] + count)
         return lambda tokens: model.features(tokens, cache=cache)
 
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": _seed(seed)}
+    options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": _seed(seed)}
     return _stream(model, start, model.head, prompt_tokens, count, stop_token, options)
 
 
@@ -62,11 +67,12 @@ def translate(
     *,
     max_tokens: int,
     source_mask: Tensor | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
+    temperature: Tensor | float = 0.0,
+    top_k: Tensor | int | None = None,
+    top_p: Tensor | float | None = None,
+    seed: Tensor | int | None = None,
     stop_token: int | None = None,
+    **options: Any,
 ) -> Iterator[Tensor]:
     """Write the targets of a batch of sources, yielding the next token of each as it is drawn.
 
@@ -81,6 +87,7 @@ def translate(
         top_p: As in `generate`.
         seed: As in `generate`.
         stop_token: As in `generate`.
+        options: As in `generate`; penalties are of the tokens of the target so far.
 
     Returns:
         An iterator of tokens, `[batch]`, int64.
@@ -96,7 +103,7 @@ def translate(
         cache = model.make_cache(memory, start_tokens.shape[1] + count)
         return lambda tokens: model.decode(tokens, memory, source_mask=source_mask, cache=cache)
 
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": _seed(seed)}
+    options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": _seed(seed)}
     return _stream(model, start, model.head, start_tokens, count, stop_token, options)
 
 
@@ -119,7 +126,7 @@ def _count(function: str, name: str, tokens: Tensor, context: int, max_tokens: i
     return min(max_tokens, context - tokens.shape[1] + 1)
 
 
-def _seed(seed: int | None) -> int:
+def _seed(seed: Tensor | int | None) -> Tensor | int:
     return int(torch.randint(2**63 - 1, ())) if seed is None else seed
 
 
@@ -135,12 +142,18 @@ def _stream(
 ) -> Iterator[Tensor]:
     """Read what there is, then each token drawn; what step n draws depends on the seed and n."""
     training = model.training
+    penalised = any(name.endswith("_penalty") and x is not None for name, x in options.items())
+    history = tokens.new_full((len(tokens), tokens.shape[1] + count), -1) if penalised else None
     model.eval()
     try:
         read = start()
         over = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         for step in range(count):
             logits = head(read(tokens)[:, -1])
+            if history is not None:
+                end = history.shape[1] - count + step
+                history[:, end - tokens.shape[1] : end] = tokens
+                options["history"] = history[:, :end]
             drawn = sample(logits, **options, offset=step)
             if stop_token is not None:
                 drawn = drawn.masked_fill(over, stop_token)

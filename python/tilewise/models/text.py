@@ -8,7 +8,7 @@ from any position exactly.
 
 import codecs
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -212,23 +212,74 @@ def _epoch(seed: int, epoch: int, laid: int, room: int) -> tuple[int, Tensor]:
     return shift, torch.randperm(laid, generator=generator)
 
 
-def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+def stream_text(
+    tokenizer: Tokenizer, tokens: Iterable[int], stop: Sequence[str] = ()
+) -> Iterator[str]:
     """Turn tokens into text as they come, never splitting a character between two pieces.
 
     Joined, the pieces are the UTF-8 decoding of all bytes, U+FFFD in place of broken characters.
-    The stream ends at `END`.
+    The stream ends at `END`, or before the first of the texts in `stop`; what may be the beginning
+    of one is held back until it is known not to be.
     """
+    writer = text_writer(tokenizer, stop)
+    next(writer)
+    for token in tokens:
+        try:
+            if piece := writer.send(token):
+                yield piece
+        except StopIteration as over:
+            if over.value:
+                yield over.value
+            return
+    if piece := last_piece(writer):
+        yield piece
+
+
+def text_writer(tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Generator[str, int | None, str]:
+    """`stream_text` the other way around: takes a token by `send`, and gives the text that is sure.
+
+    It returns, with the last of the text, at `END`, before a text in `stop`, and when sent None or
+    the -1 of a draw from nothing.
+    """
+    if "" in stop:
+        raise ValueError("stop: must be texts of a letter at least, got an empty one")
     end = end_token(tokenizer)
     spelled = {letter: byte for byte, letter in enumerate(_letters())}
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in tokens:
-        if token == end:
-            break
-        letters: str = tokenizer.id_to_token(token)  # type: ignore[assignment]  # a token it has
-        if piece := decoder.decode(bytes(spelled[letter] for letter in letters)):
-            yield piece
-    if piece := decoder.decode(b"", final=True):
-        yield piece
+    held, piece = "", ""
+    while True:
+        token = yield piece
+        is_last = token is None or token in (end, -1)
+        letters = "" if is_last else _letters_of(tokenizer, token)
+        held += decoder.decode(bytes(spelled[letter] for letter in letters), final=is_last)
+        places = [place for text in stop if (place := held.find(text)) >= 0]
+        if places:
+            return held[: min(places)]
+        if is_last:
+            return held
+        sure = len(held) - _begun(held, stop)
+        piece, held = held[:sure], held[sure:]
+
+
+def _letters_of(tokenizer: Tokenizer, token: int | None) -> str:
+    letters: str = tokenizer.id_to_token(token)  # type: ignore[arg-type,assignment]  # it has it
+    return letters
+
+
+def last_piece(writer: Generator[str, int | None, str]) -> str:
+    """What a `text_writer` has held back."""
+    try:
+        writer.send(None)
+    except StopIteration as over:
+        piece: str = over.value
+        return piece
+    raise AssertionError("a writer ends when sent None")
+
+
+def _begun(held: str, stop: Sequence[str]) -> int:
+    """How long the end of `held` is that may be the beginning of one of the texts."""
+    lengths = (n for text in stop for n in range(len(text) - 1, 0, -1) if held.endswith(text[:n]))
+    return max(lengths, default=0)
 
 
 @lru_cache(maxsize=1)

@@ -10,6 +10,7 @@ from tilewise.nn.layer_norm import AddLayerNorm, LayerNorm
 from tilewise.nn.linear_cross_entropy import LinearCrossEntropyLoss
 from tilewise.nn.rms_norm import AddRMSNorm, RMSNorm
 from tilewise.nn.rotary import QKNormRotary, Rotary
+from tilewise.nn.sampler import LogitsFilter, LogitsSampler, SampledGeneration, Sampler
 from tilewise.nn.softmax import LogSoftmax, Softmax
 
 __all__ = [
@@ -25,10 +26,14 @@ __all__ = [
     "LayerNorm",
     "LinearCrossEntropyLoss",
     "LogSoftmax",
+    "LogitsFilter",
+    "LogitsSampler",
     "MultiheadAttention",
     "PackedGLU",
     "QKNormRotary",
     "RMSNorm",
     "Rotary",
+    "SampledGeneration",
+    "Sampler",
     "Softmax",
 ]

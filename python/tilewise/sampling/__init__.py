@@ -10,14 +10,17 @@ from tilewise.sampling.launch import (
     without_new_options,
 )
 from tilewise.sampling.options import (
+    NUMBERS,
     check_logits,
     checked,
     refuse_bad_rows,
     refuse_gradient,
     refuse_nan,
+    refuse_number,
 )
 
 __all__ = [
+    "NUMBERS",
     "OPTIONS",
     "Ranked",
     "adjusted",
@@ -32,6 +35,7 @@ __all__ = [
     "refuse_bad_rows",
     "refuse_gradient",
     "refuse_nan",
+    "refuse_number",
     "rows_of",
     "without_new_options",
 ]

@@ -60,9 +60,9 @@ def checked(op: str, logits: Tensor, check_inputs: bool, **options: Any) -> dict
             if a row cannot be drawn.
         RuntimeError: If the devices differ.
     """
-    for name, number in NUMBERS.items():
+    for name in NUMBERS:
         if (value := options.get(name)) is not None:
-            _check_number(op, name, value, number, logits)
+            _check_number(op, name, value, logits)
     if options.get("top_k") is not None:
         _check_top_k(op, options["top_k"], logits)
     for name in PENALTIES:
@@ -85,15 +85,22 @@ def checked(op: str, logits: Tensor, check_inputs: bool, **options: Any) -> dict
     return options
 
 
-def _check_number(op: str, name: str, value: Any, number: Number, logits: Tensor) -> None:
+def _check_number(op: str, name: str, value: Any, logits: Tensor) -> None:
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{op}: {name} must be floating point, got {value.dtype}")
         _check_row_each(op, name, value, logits)
     elif not isinstance(value, float | int) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(value).__name__}")
-    elif not number.takes(value):
-        raise ValueError(f"{op}: {name} must be {number.wanted}, got {value}")
+    else:
+        refuse_number(op, name, value)
+
+
+def refuse_number(op: str, name: str, value: float) -> None:
+    """Refuse one of NUMBERS, or a top_k, that is out of range."""
+    least = Number("at least 0", 0, math.inf, 0) if name == "top_k" else NUMBERS[name]
+    if not least.takes(value):
+        raise ValueError(f"{op}: {name} must be {least.wanted}, got {value}")
 
 
 def _check_top_k(op: str, value: Any, logits: Tensor) -> None:
@@ -103,8 +110,8 @@ def _check_top_k(op: str, value: Any, logits: Tensor) -> None:
         _check_row_each(op, "top_k", value, logits)
     elif not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{op}: top_k must be an int or a tensor, got {type(value).__name__}")
-    elif value < 0:
-        raise ValueError(f"{op}: top_k must be at least 0, got {value}")
+    else:
+        refuse_number(op, "top_k", value)
 
 
 def _check_row_each(op: str, name: str, value: Tensor, logits: Tensor) -> None:
