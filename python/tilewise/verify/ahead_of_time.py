@@ -51,12 +51,18 @@ class _Recorder(TorchDispatchMode):
 
 
 def backend_calls(op: Op, backend: str, dtype: torch.dtype, size: Size) -> list[Call]:
-    """What `op` asks of `backend`, forward and backward: names and arguments, on meta tensors."""
+    """What `op` asks of `backend`, forward and backward: names and arguments, on meta tensors.
+
+    Nothing where the backend refuses.
+    """
     present, recorder = op.backends, _Recorder()
     offered = {name: replace(b, devices=CPU) for name, b in present.items()}
     object.__setattr__(op, "backends", offered)  # the op must not say that it runs on cuda alone
     try:
         with FakeTensorMode(), recorder:
+            tensors, options = op.inputs(**size, device="cpu", dtype=dtype)
+            if present[backend].refuses(*tensors, **options):
+                return []
             call(op, backend, dtype, size, "cpu")
     finally:
         object.__setattr__(op, "backends", present)
