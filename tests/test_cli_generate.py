@@ -130,6 +130,12 @@ def test_generate_refuses(
     assert line.startswith(sentence)
 
 
+def test_a_bias_is_of_a_token(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--checkpoint", "x", "--logit-bias", "cat=1"])
+    assert "--logit-bias: must be TOKEN=X, got 'cat=1'" in capfd.readouterr().err
+
+
 def test_generate_refuses_what_is_no_checkpoint(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -163,7 +163,10 @@ def _bias(args: argparse.Namespace, checkpoint: Checkpoint) -> Tensor | None:
 
 def _token_and_bias(text: str) -> tuple[int, float]:
     token, _, bias = text.partition("=")
-    return int(token), float(bias)
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be TOKEN=X, got {text!r}") from None
 
 
 def _kept(drawn: Iterable[Tensor], tokens: list[int]) -> Iterator[int]:
