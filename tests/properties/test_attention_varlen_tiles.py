@@ -133,6 +133,8 @@ def test_of_a_sequence_that_is_too_long_the_rest_does_not_count(backend, dtype):
 )  # fmt: skip
 @pytest.mark.parametrize("which", [3, 4])
 def test_wrong_ends_lead_nowhere_else(backend, ends, which, dtype):
+    if backend == "triton":
+        pytest.skip("triton: test_attention_varlen_rows has it, and what its sanitizer may find")
     arguments = list(packed(((3, 3), (17, 17), (12, 12)), dtype=dtype))
     arguments[which] = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
     assert all(bool(t.isfinite().all()) for t in with_gradients(backend, *arguments)[2:])
