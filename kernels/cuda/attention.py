@@ -199,7 +199,7 @@ def _of_sinks(sinks: Tensor, statistics: Tensor, total: Tensor) -> Tensor:
     there may be batches."""
     highest, part, delta = statistics
     p = torch.exp2(LOG2_E * sinks.float()[:, None] - highest) * part
-    of_rows = (p * delta).where(total > 0, 0.0)  # those of no sequence are unwritten
+    of_rows = (p * delta).where(total != 0, 0.0)  # those of no sequence are unwritten
     return -of_rows.sum_to_size(len(sinks), 1)[:, 0].to(sinks.dtype)
 
 

@@ -27,6 +27,7 @@ from tilewise.kernels.numba._simd import load, pointer, real, store
 
 GROUPS = BLOCK // 4
 WORDS = 2.0**32
+RARITY = WORDS * 1.0001  # in words, above a score of 0: masses are rounded
 LOWEST_SCORE = -4.0  # below that of the first token, whose noise is above -3.2
 
 
@@ -44,7 +45,7 @@ def _rarity(best):
     """A token of mass m gets above the score `best` by its m * rarity highest words at most, for
     noise above g is as rare as e**-g at most.
     """
-    return math.exp(-best) * WORDS * 1.0001  # the mass is rounded
+    return math.exp(-best) * RARITY
 
 
 @callee

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tilewise.kernels.numba._gumbel import WORDS, lowest_word, score_of_gap
+from tilewise.kernels.numba._gumbel import RARITY, lowest_word, score_of_gap
 from tilewise.kernels.numba._options import INT64, packed_draws
 from tilewise.kernels.numba._parallel import Kernel, callee
 from tilewise.kernels.numba._philox import philox
@@ -49,7 +49,7 @@ def _best(x, count, first, t, highest, best, token, seed, place, row):
             if v > -INFINITY and (v == INFINITY or highest < INFINITY):
                 gap = 0.0 if v == INFINITY else np.float64(v) / t
                 reach = exp(real(x, min(gap - best, 80.0)))
-                if np.int64(words[i]) >= lowest_word(np.float64(reach) * WORDS * 1.0001):
+                if np.int64(words[i]) >= lowest_word(np.float64(reach) * RARITY):
                     score = score_of_gap(gap, words[i])
                     if score > best:
                         best, token = score, first + group * 4 + i

@@ -39,9 +39,9 @@ UNIT = np.int64(1)
 # A sum of products is taken in chains of at most so many, and two at least, the same ones whether a
 # microkernel has one vector or two: the scores that the backward pass cuts into other blocks are
 # those of the forward pass to the bit, or its probabilities would not be of the sums kept from it.
-# Of them one long chain is
-# wrong by the root of its length. Dq in fp32 was up to 1.6 x what the rule allows with chains of 64
-# (D128, 2 % faster), 1.7 x with chains of 32 where a key had most of a row. Those of 8 take 4 %.
+# One long chain is wrong by the root of its length. Dq in fp32 was up to 1.6 x what the rule allows
+# with chains of 64 (D128, 2 % faster), 1.7 x with chains of 32 where a key had most of a row. Those
+# of 8 take 4 %.
 CHAIN = np.int64(16)
 
 

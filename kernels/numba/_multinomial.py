@@ -11,7 +11,7 @@ from tilewise.kernels.numba._options import INT32, INT64, UINT32, packed_draws
 from tilewise.kernels.numba._parallel import Kernel, callee
 from tilewise.kernels.numba._philox import philox
 from tilewise.kernels.numba._ranks import BLOCK, INFINITY, block_maxima
-from tilewise.kernels.numba._shared import CACHE_LINE, wide_dtype
+from tilewise.kernels.numba._shared import laid_out, wide_dtype
 from tilewise.kernels.numba._simd import KINDS, address, kind, load, offset, pointer, real, store
 from tilewise.kernels.numba._top_k import rank_top
 
@@ -49,10 +49,10 @@ def _draw(
 ):  # fmt: skip
     seeds_at, offsets_at, seed_stride, offset_stride, seed, place = draws
     scratch = scratch_at + task * scratch_stride
-    maxima, masses = pointer(scratch, wide), pointer(scratch + parts[0], wide)
-    values, columns = pointer(scratch + parts[1], wide), pointer(scratch + parts[2], INT32)
-    words, y = pointer(scratch + parts[2], UINT32), pointer(scratch + parts[3], wide)
-    more_columns = pointer(scratch + parts[4], INT32)
+    maxima, masses = pointer(scratch + parts[0], wide), pointer(scratch + parts[1], wide)
+    values, columns = pointer(scratch + parts[2], wide), pointer(scratch + parts[3], INT32)
+    words, y = pointer(scratch + parts[3], UINT32), pointer(scratch + parts[4], wide)
+    more_columns = pointer(scratch + parts[5], INT32)
     for i in range(task, rows, tasks):
         out = offset(pointer(out_at, INT64), i * count)
         own_seed = load(pointer(seeds_at, INT64), i * seed_stride) if seeds_at else seed
@@ -88,18 +88,15 @@ def multinomial_forward(
     rows, vocab = x.shape
     out = x.new_empty(rows, num_samples, dtype=torch.int64)
     wide = wide_dtype(x.dtype)
-    ends, size = [], 0  # of maxima, masses, values, columns, the row, columns again
-    for count, width in (
+    parts, size = laid_out(  # maxima, masses, values, columns, the row, columns again
         (-(-vocab // BLOCK), wide.itemsize), *2 * [(vocab + BLOCK, wide.itemsize)],
         (vocab + BLOCK, 4), (vocab + BLOCK, wide.itemsize), (vocab, 4),
-    ):  # fmt: skip
-        size += -(-count * width // CACHE_LINE) * CACHE_LINE
-        ends.append(size)
+    )  # fmt: skip
     tasks = min(rows, torch.get_num_threads())
     scratch = x.new_empty(tasks * size, dtype=torch.uint8)
     _draw(
         tasks, x.numel() * num_samples, address(out), address(x), packed_draws(*draws),
-        address(scratch), tuple(ends[:-1]), kind(x), KINDS[wide], rows, vocab, num_samples,
+        address(scratch), parts, kind(x), KINDS[wide], rows, vocab, num_samples,
         x.stride(0), size, tasks, replacement, weights,
     )  # fmt: skip
     return out

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tilewise.kernels.numba._parallel import callee
 from tilewise.kernels.numba._ranks import BLOCK, INFINITY
-from tilewise.kernels.numba._shared import CACHE_LINE, wide_dtype
+from tilewise.kernels.numba._shared import laid_out, wide_dtype
 from tilewise.kernels.numba._simd import KINDS, address, load, offset, pointer, real, store
 
 INT32, UINT32, INT64 = np.int32(0), np.uint32(0), np.int64(0)  # kinds
@@ -47,14 +47,10 @@ class Scratch:
         vocab, wide = logits.shape[1], wide_dtype(logits.dtype).itemsize
         row = is_adjusted(arguments) * (vocab + BLOCK)
         counts = 0 if arguments[NUMBERS + 1] is None else vocab
-        sizes = (
+        self.places, self.size = laid_out(
             (-(-vocab // BLOCK), wide), *3 * [(vocab + BLOCK, wide)], (row, wide), (counts, 4),
             *more,
         )  # fmt: skip
-        self.places, self.size = (), 0
-        for count, width in sizes:
-            self.places += (self.size,)
-            self.size += -(-count * width // CACHE_LINE) * CACHE_LINE
         self.tasks = min(len(logits), torch.get_num_threads())
         self.memory = logits.new_empty(self.tasks * self.size, dtype=torch.uint8)
 

@@ -62,6 +62,16 @@ def thread_scratch(x: Tensor, elements: int) -> tuple[Tensor, Tensor, int]:
     return counter, x.new_empty(slots * elements), elements
 
 
+def laid_out(*sizes: tuple[int, int]) -> tuple[tuple[int, ...], int]:
+    """Where pieces begin, each of so many elements of so many bytes, on cache lines of their own,
+    and the bytes of all."""
+    starts, size = [], 0
+    for count, width in sizes:
+        starts.append(size)
+        size += -(-count * width // CACHE_LINE) * CACHE_LINE
+    return tuple(starts), size
+
+
 def broadcast_strides(t: Tensor | None) -> tuple[int, ...]:
     """Of a [batch, heads, queries, cols], 0 along what is broadcast, which is all of None."""
     if t is None:

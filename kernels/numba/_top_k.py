@@ -7,7 +7,7 @@ from torch import Tensor
 from tilewise.kernels.numba._options import INT32, INT64
 from tilewise.kernels.numba._parallel import Kernel, callee
 from tilewise.kernels.numba._ranks import BLOCK, INFINITY, block_maxima, gather_top
-from tilewise.kernels.numba._shared import CACHE_LINE, wide_dtype
+from tilewise.kernels.numba._shared import laid_out, wide_dtype
 from tilewise.kernels.numba._simd import KINDS, address, kind, load, offset, pointer, real, store
 
 
@@ -66,9 +66,9 @@ def _top_k(
     scratch_stride, tasks,
 ):  # fmt: skip
     scratch = scratch_at + task * scratch_stride
-    maxima = pointer(scratch, wide)
-    listed, columns = pointer(scratch + parts[0], wide), pointer(scratch + parts[1], INT32)
-    more, more_columns = pointer(scratch + parts[2], wide), pointer(scratch + parts[3], INT32)
+    maxima = pointer(scratch + parts[0], wide)
+    listed, columns = pointer(scratch + parts[1], wide), pointer(scratch + parts[2], INT32)
+    more, more_columns = pointer(scratch + parts[3], wide), pointer(scratch + parts[4], INT32)
     for i in range(task, rows, tasks):
         x = offset(pointer(x_at, kind), i * x_stride)
         values = offset(pointer(values_at, kind), i * k)
@@ -92,16 +92,8 @@ def top_k_forward(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rows, vocab = x.shape
     values, indices = x.new_empty(rows, k), x.new_empty(rows, k, dtype=torch.int64)
     wide = wide_dtype(x.dtype)
-    maxima, listed, columns = (
-        -(-count * width // CACHE_LINE) * CACHE_LINE
-        for count, width in (
-            (-(-vocab // BLOCK), wide.itemsize),
-            (vocab, wide.itemsize),
-            (vocab, 4),
-        )
-    )
-    parts = (maxima, maxima + listed, maxima + listed + columns, maxima + 2 * listed + columns)
-    size = maxima + 2 * (listed + columns)
+    lists = (vocab, wide.itemsize), (vocab, 4)
+    parts, size = laid_out((-(-vocab // BLOCK), wide.itemsize), *lists, *lists)
     tasks = min(rows, torch.get_num_threads())
     scratch = x.new_empty(tasks * size, dtype=torch.uint8)
     _top_k(

@@ -280,3 +280,14 @@ def test_a_seed_is_a_number_or_a_tensor_or_drawn(backend):
     first, second = run(), run()
     assert torch.equal(first, drawn[0])
     assert not torch.equal(first, second)
+
+
+@EVERY
+def test_nan_reaches_the_gradient_of_its_sink(backend):
+    q, k, v = inputs(5, 7, dtype=torch.bfloat16)
+    q[0, 1, 2] = NAN
+    sinks = torch.zeros(2, device=DEVICE, requires_grad=True)
+    able(backend, q, k, v, None, sinks)
+    out = attention(q, k, v, sinks=sinks, backend=backend)
+    (dsinks,) = torch.autograd.grad(out.sum(), sinks)
+    assert dsinks.isnan().tolist() == [False, True]

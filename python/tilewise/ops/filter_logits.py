@@ -22,6 +22,7 @@ from tilewise.sampling import (
     as_options,
     check_logits,
     checked,
+    filtered,
     filters_inputs,
     ranked,
     refuse_gradient,
@@ -92,8 +93,8 @@ def filter_logits_reference(logits: Tensor, **options: Any) -> Tensor:
     found = ranked(logits, **options)
     scaled = torch.where(found.temperature > 0, found.logits / found.temperature, found.logits)
     kept = found.at(torch.where(found.left, scaled, -math.inf))
-    nothing = found.good & ~found.logits[:, :1].isnan()
-    return torch.where(nothing, kept, math.nan).to(logits.dtype)
+    good = found.good & ~found.logits[:, :1].isnan()
+    return torch.where(good, kept, math.nan).to(logits.dtype)
 
 
 def filtered_probs(
@@ -153,10 +154,7 @@ def filtered_probs(
 
 def filtered_probs_reference(logits: Tensor, **options: Any) -> Tensor:
     """The rule of `filtered_probs`, in plain PyTorch."""
-    if logits.numel() == 0:
-        return logits.new_empty(logits.shape, dtype=wide_dtype(logits.dtype))
-    found = ranked(logits, **options)
-    return torch.where(found.can, found.at(found.probabilities()), math.nan)
+    return filtered(logits, **options)
 
 
 def _filter(

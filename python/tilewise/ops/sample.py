@@ -356,6 +356,7 @@ SAMPLE_WITH_LOGPROBS = declare(
         sizes=[
             {"batch": 3, "vocab": 8, "top_logprobs": 2},
             {"batch": 0, "vocab": 64, "top_logprobs": 0},  # empty batch
+            {"batch": 3, "vocab": 0, "top_logprobs": 0},  # no token at all
             {"batch": 2, "vocab": 1, "top_logprobs": 1},
             {"batch": 37, "vocab": 127, "top_k": 50, "top_logprobs": 5},
             {"batch": 3, "vocab": 4099, "top_p": 0.9, "top_logprobs": 20, "processed": True},

@@ -24,8 +24,8 @@ from tilewise.sampling import (
     OPTIONS,
     as_options,
     checked,
+    filtered,
     filters_inputs,
-    ranked,
     refuse_gradient,
     rows_of,
 )
@@ -118,7 +118,7 @@ def verify_draft(
     tensors, places = (draft_tokens, draft_probs, target_logits), (seed, offset)
     chosen = choose(VERIFY_DRAFT, backend, *tensors, **given, mask=mask, seed=seed, offset=offset)
     if chosen == "reference" or rows.numel() == 0 or transforming():
-        probs = _probs(rows, options)
+        probs = filtered(rows, **options)
         return _verify(draft_tokens, draft_probs, target_logits.shape, probs, *places)
     rows = rows_of(rows)
     q = draft_probs.to(wide_dtype(rows.dtype)).contiguous()
@@ -141,15 +141,8 @@ def verify_draft_reference(
     batch = len(draft_tokens)
     places = seed_and_offset("verify_draft", batch, target_logits.device, seed, offset, generator)
     rows = target_logits.flatten(0, 1)
-    probs = _probs(rows, _of_positions(draft_tokens, given))
+    probs = filtered(rows, **_of_positions(draft_tokens, given))
     return _verify(draft_tokens, draft_probs, target_logits.shape, probs, *places)
-
-
-def _probs(rows: Tensor, options: dict[str, Any]) -> Tensor:
-    if rows.numel() == 0:
-        return rows.new_full(rows.shape, math.nan, dtype=wide_dtype(rows.dtype))
-    found = ranked(rows, **options)
-    return torch.where(found.can, found.at(found.probabilities()), math.nan)
 
 
 def _verify(

@@ -1,6 +1,6 @@
 """What the ops that draw tokens share, below them: options and their checks, formula, launch."""
 
-from tilewise.sampling.formula import Ranked, adjusted, counts_of, noise_of, ranked
+from tilewise.sampling.formula import Ranked, adjusted, counts_of, filtered, noise_of, ranked
 from tilewise.sampling.launch import (
     OPTIONS,
     as_floats,
@@ -29,6 +29,7 @@ __all__ = [
     "check_logits",
     "checked",
     "counts_of",
+    "filtered",
     "filters_inputs",
     "noise_of",
     "ranked",

@@ -116,6 +116,14 @@ def ranked(
     return Ranked(tokens, rows, scores, left, good, good & (first > -math.inf), t)
 
 
+def filtered(logits: Tensor, **options: Any) -> Tensor:
+    """The probability with which each token is drawn; NaN in a row that has none."""
+    if logits.numel() == 0:
+        return logits.new_empty(logits.shape, dtype=wide_dtype(logits.dtype))
+    found = ranked(logits, **options)
+    return torch.where(found.can, found.at(found.probabilities()), math.nan)
+
+
 def _penalties_are_good(rows: Tensor, **adjustments: Any) -> Tensor:
     good = torch.ones(1, 1, dtype=torch.bool, device=rows.device)
     for name in ("presence_penalty", "frequency_penalty"):

@@ -40,6 +40,7 @@ NUMBERS = {
     "presence_penalty": Number("finite", -LARGEST, LARGEST, 0.0),
     "frequency_penalty": Number("finite", -LARGEST, LARGEST, 0.0),
 }
+TOP_K = Number("at least 0", 0, math.inf, 0)
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -98,9 +99,9 @@ def _check_number(op: str, name: str, value: Any, logits: Tensor) -> None:
 
 def refuse_number(op: str, name: str, value: float) -> None:
     """Refuse one of NUMBERS, or a top_k, that is out of range."""
-    least = Number("at least 0", 0, math.inf, 0) if name == "top_k" else NUMBERS[name]
-    if not least.takes(value):
-        raise ValueError(f"{op}: {name} must be {least.wanted}, got {value}")
+    number = TOP_K if name == "top_k" else NUMBERS[name]
+    if not number.takes(value):
+        raise ValueError(f"{op}: {name} must be {number.wanted}, got {value}")
 
 
 def _check_top_k(op: str, value: Any, logits: Tensor) -> None:
@@ -164,7 +165,7 @@ def refuse_bad_rows(op: str, logits: Tensor, options: dict[str, Any]) -> None:
             good = (value.double() >= number.least) & (value.double() <= number.most)
             _refuse_row(op, name, number.wanted, good, value)
     if isinstance(value := options.get("top_k"), Tensor):
-        _refuse_row(op, "top_k", "at least 0", value >= 0, value)
+        _refuse_row(op, "top_k", TOP_K.wanted, value >= TOP_K.least, value)
     if logits.numel() == 0:
         return
     rows = adjusted(logits, **options)
