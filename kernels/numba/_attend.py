@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from tilewise.kernels.numba._amx import release_tiles, use_tiles
 from tilewise.kernels.numba._columns import keep_columns, scale_columns
 from tilewise.kernels.numba._dropout import ANY
 from tilewise.kernels.numba._matmul import (
@@ -24,11 +25,14 @@ from tilewise.kernels.numba._matmul import (
 from tilewise.kernels.numba._online_softmax import softmax_columns
 from tilewise.kernels.numba._operands import (
     as_kind,
+    clear_below,
+    depth_of,
     either,
     pair_rows,
     per_word,
     read_deep,
     room,
+    standing,
     widest,
     width_of,
 )
@@ -134,14 +138,14 @@ def _write_block(
 
 @callee
 def _attend(
-    q_t, out_t, k_tile, v_tile, scores, tile, stage, stats, counters, dim, v_dim,
+    q_t, out_t, k_tile, values, scores, tile, stage, stats, counters, dim, v_dim,
     batch, head, heads, row, rows, first, keys, seq_q, seq_k, max_q, factor, rules, old,
 ):  # fmt: skip
     """Let a block of queries attend to one tile of keys, `first` and the next."""
     once()
-    step, per = lanes(scores), per_word(k_tile)
-    words, v_width = width_of(k_tile, dim) // per, width_of(v_tile, v_dim)
-    tall_v, deep = padded(v_dim), (dim + per - 1) // per
+    step, (v_tile, v_row, v_step) = lanes(scores), values
+    words, v_width = width_of(k_tile, dim) // per_word(k_tile), width_of(k_tile, v_dim)
+    tall_v = padded(v_dim)
     rescale, paired = offset(stats, RESCALE), as_kind(tile, k_tile)
     of_one_head = row // seq_q == (row + rows - 1) // seq_q
     all_keys = keys
@@ -158,9 +162,9 @@ def _attend(
             if old == SET:
                 fill(sums, PANEL * v_width)
             continue
-        deep_keys = (keys + per - 1) // per
         tall = (keys + HEIGHT - 1) // HEIGHT * HEIGHT
-        multiply(scores, PANEL, k_tile, words, UNIT, panel_q, PANEL, tall, cols, deep, SET)
+        depth = depth_of(k_tile, dim)
+        multiply(scores, PANEL, k_tile, words, UNIT, panel_q, PANEL, tall, cols, depth, SET)
         make_scores(
             scores, PANEL, tile, tile, stage, panel_stats, rules, batch, head, row + start, used,
             cols, first, keys, seq_q, seq_k,
@@ -184,8 +188,9 @@ def _attend(
         for vector in range(cols // step):
             j = vector * step
             pair_rows(offset(paired, j), offset(scores, j), PANEL, keys)
-        p = either(k_tile, paired, scores)
-        multiply(sums, PANEL, v_tile, UNIT, v_width, p, PANEL, tall_v, cols, deep_keys, old)
+        clear_below(paired, PANEL, keys, cols)
+        p, depth = either(k_tile, paired, scores), depth_of(k_tile, keys)
+        multiply(sums, PANEL, v_tile, v_row, v_step, p, PANEL, tall_v, cols, depth, old)
 
 
 @callee
@@ -230,8 +235,10 @@ def _attend_to_all(
         k_rows, v_rows = offset(k, first * k_stride), offset(v, first * v_stride)
         read_tile(k_lines, width, k_rows, k_stride, keys, dim, one, seen, step)
         read_deep(v_tile, v_width, v_rows, v_stride, keys, v_dim, one, seen, step)
+        free = offset(v_tile, KEYS // 2 * v_width)
+        values = standing(free, KEYS // 2, v_tile, v_width, depth_of(v_tile, keys), v_width)
         _attend(
-            q_t, out_t, k_tile, v_tile, scores, tile, stage, stats, counters, dim, v_dim,
+            q_t, out_t, k_tile, values, scores, tile, stage, stats, counters, dim, v_dim,
             batch, head, heads, row, rows, first, keys, seq_q, seq_k, max_q, factor, rules, old,
         )  # fmt: skip
         old = UNIT
@@ -257,8 +264,9 @@ def attend(
     factor, sign = (real(wide, factors[0]), real(wide, factors[1])), real(wide, sign)
     sinks = pointer(sinks_at, sink_kind)
     spaces = _spaces(scratch_at, slot, scratch_size, wide, size_of_wide, tile_kind, dim, v_dim)
-    q_t, out_t, _, v_tile, _, _, stats, stage, _ = spaces
+    q_t, out_t, k_tile, v_tile, _, _, stats, stage, _ = spaces
 
+    use_tiles(k_tile)
     while True:
         item = take(counter)
         if item >= items:
@@ -288,3 +296,4 @@ def attend(
             stage, out_t, width_of(v_tile, v_dim), stats, v_dim, row, rows, seq_q, factor,
             (out_strides, row_strides),
         )  # fmt: skip
+    release_tiles(k_tile)

@@ -5,6 +5,7 @@ order: dk, dv and dbias by tile, dq by part of the tiles, to be summed afterward
 
 import numpy as np
 
+from tilewise.kernels.numba._amx import release_tiles, use_tiles
 from tilewise.kernels.numba._columns import keep_columns, uncap_columns
 from tilewise.kernels.numba._dropout import ANY
 from tilewise.kernels.numba._matmul import (
@@ -21,12 +22,15 @@ from tilewise.kernels.numba._matmul import (
 from tilewise.kernels.numba._online_softmax import softmax_gradient, softmax_gradient_alone
 from tilewise.kernels.numba._operands import (
     as_kind,
+    clear_below,
+    depth_of,
     either,
     pair_lines,
     pair_rows,
     per_word,
     room,
     round_rows,
+    standing,
     widest,
     width_of,
 )
@@ -166,13 +170,13 @@ def _make_tiles(
     _, q_t, _, dout_t, scores, ds, marks, bounded, tile, stage, _, stats = spaces
     step, per, dropping = lanes(scores), per_word(k_tile), rules[DROPOUT][ANY]
     words, v_words = width_of(k_tile, dim) // per, width_of(k_tile, v_dim) // per
-    deep, v_deep = (dim + per - 1) // per, (v_dim + per - 1) // per
+    depth, v_depth = depth_of(k_tile, dim), depth_of(k_tile, v_dim)
     tall, cols = (keys + HEIGHT - 1) // HEIGHT * HEIGHT, padded(rows)
     alone = first_seen(rules, row, seq_q, seq_k) >= first and (
         end_seen(rules, row + rows - 1, seq_q, seq_k) <= first + keys
     )
-    multiply(scores, BLOCK, k_tile, words, UNIT, q_t, BLOCK, tall, cols, deep, SET)
-    multiply(ds, BLOCK, v_tile, v_words, UNIT, dout_t, BLOCK, tall, cols, v_deep, SET)
+    multiply(scores, BLOCK, k_tile, words, UNIT, q_t, BLOCK, tall, cols, depth, SET)
+    multiply(ds, BLOCK, v_tile, v_words, UNIT, dout_t, BLOCK, tall, cols, v_depth, SET)
     for panel in range((rows + PANEL - 1) // PANEL):
         start = panel * PANEL
         used = min(PANEL, rows - start)
@@ -201,9 +205,9 @@ def _make_tiles(
             softmax_gradient(of_scores, of_ds, BLOCK, keys, factor, top, sums, delta)
         if dropping:
             keep_columns(of_scores, BLOCK, keys, offset(marks, j))
-    if rows % per:  # the last query has none to pair with
-        _clear_column(scores, rows, keys)
-        _clear_column(ds, rows, keys)
+    for j in range(rows, depth_of(k_tile, rows) * per):  # the last queries have none to pair with
+        _clear_column(scores, j, keys)
+        _clear_column(ds, j, keys)
 
 
 @callee
@@ -218,14 +222,14 @@ def _gradients(
     step, per = lanes(scores), per_word(k_tile)
     width, v_width = width_of(k_tile, dim), width_of(k_tile, v_dim)
     tall, cols = (keys + HEIGHT - 1) // HEIGHT * HEIGHT, padded(rows)
-    deep_rows, deep_keys = (rows + per - 1) // per, (keys + per - 1) // per
+    depth, wide = depth_of(k_tile, rows), depth_of(k_tile, rows) * per
     packed, across = as_kind(marks, k_tile), BLOCK // per
     p, s = either(k_tile, packed, scores), either(k_tile, packed, ds)
     if want_dv:
-        for j in range(0, cols, step):
+        for j in range(0, wide, step):
             round_rows(offset(packed, j // per), offset(scores, j), BLOCK, keys)
         multiply(
-            dv, v_width, p, across, UNIT, dout, v_width, tall, padded(v_dim), deep_rows, ADD
+            dv, v_width, p, across, UNIT, dout, v_width, tall, padded(v_dim), depth, ADD
         )  # fmt: skip
     if want_dbias:
         _add_bias(dbias, bias_strides, ds, stage, line, row, rows, first, keys)
@@ -233,13 +237,16 @@ def _gradients(
         for j in range(0, cols, step):
             uncap_columns(offset(ds, j), BLOCK, keys, offset(bounded, j))
     if want_dk:
-        for j in range(0, cols, step):
+        for j in range(0, wide, step):
             round_rows(offset(packed, j // per), offset(ds, j), BLOCK, keys)
-        multiply(dk, width, s, across, UNIT, q, width, tall, padded(dim), deep_rows, ADD)
+        multiply(dk, width, s, across, UNIT, q, width, tall, padded(dim), depth, ADD)
     if want_dq:
         for j in range(0, cols, step):
             pair_rows(offset(packed, j), offset(ds, j), BLOCK, keys)
-        multiply(dq, width, s, UNIT, BLOCK, k_deep, width, cols, padded(dim), deep_keys, ADD)
+        clear_below(packed, BLOCK, keys, cols)
+        free, depth = offset(packed, KEYS // 2 * BLOCK), depth_of(k_tile, keys)
+        a, a_row, a_step = standing(free, KEYS // 2, s, BLOCK, depth, cols)
+        multiply(dq, width, a, a_row, a_step, k_deep, width, cols, padded(dim), depth, ADD)
 
 
 @callee
@@ -261,8 +268,7 @@ def _one_head(
         if first_seen(rules, row, seq_q, seq_k) >= first + keys:
             continue
         # Of whole rows of a product, or what it makes of the others would be added to theirs.
-        seen = end_seen(rules, row + rows - 1, seq_q, seq_k) - first
-        seen = min(keys, (seen + HEIGHT - 1) // HEIGHT * HEIGHT)
+        seen = min(keys, padded(end_seen(rules, row + rows - 1, seq_q, seq_k) - first))
         dout_rows = offset(dout, row * dout_stride)
         _read_block(q_deep, q_t, lines, offset(q, row * q_stride), q_stride, rows, dim, sign)
         _read_block(dout_deep, dout_t, lines, dout_rows, dout_stride, rows, v_dim, one)
@@ -357,6 +363,7 @@ def differentiate(
     k_tile, _, v_tile, dk_tile, dv_tile, _, _ = spaces
     width, v_width = width_of(k_tile, dim), width_of(v_tile, v_dim)
 
+    use_tiles(k_tile)
     tiles, head_groups = (max_k + KEYS - 1) // KEYS, kv_heads // heads_at_once
     while True:
         item = take(counter)
@@ -385,3 +392,4 @@ def differentiate(
                 write_tile(dk, dk_tile, width, NONE, keys, dim, dk_strides[2], real(wide, scale))
             if wanted[2]:
                 write_tile(dv, dv_tile, v_width, NONE, keys, v_dim, dv_strides[2], real(wide, 1))
+    release_tiles(k_tile)

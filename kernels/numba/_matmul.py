@@ -10,8 +10,9 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
+from tilewise.kernels.numba._amx import multiply_in_tiles
 from tilewise.kernels.numba._lanes import (
     LANES,
     X86,
@@ -187,12 +188,7 @@ def _multiply_chain(c, c_stride, a, a_row, a_step, b, b_stride, rows, cols, dept
 
 
 @callee
-def multiply(c, c_stride, a, a_row, a_step, b, b_stride, rows, cols, depth, old):
-    """C[rows, cols] = A[rows, depth] B[depth, cols], added to C where `old` is not SET.
-
-    A[i, k] is `a[i * a_row + k * a_step]`. `rows` is a multiple of HEIGHT, `cols` of the lanes. Of
-    words the depth is their number.
-    """
+def _multiply_chains(c, c_stride, a, a_row, a_step, b, b_stride, rows, cols, depth, old):
     once()
     longest = min(CHAIN, (depth + 1) // 2)
     for chain in range((depth + longest - 1) // max(longest, 1)):
@@ -202,6 +198,31 @@ def multiply(c, c_stride, a, a_row, a_step, b, b_stride, rows, cols, depth, old)
             offset(b, start * b_stride), b_stride, rows, cols, min(longest, depth - start),
             old if chain == 0 else ADD,
         )  # fmt: skip
+
+
+@callee
+def _multiply_tiles(c, c_stride, a, a_row, b, b_stride, rows, cols, depth, old):
+    once()
+    multiply_in_tiles(c, c_stride, a, a_row, b, b_stride, rows, cols, depth, old)
+
+
+def multiply(c, c_stride, a, a_row, a_step, b, b_stride, rows, cols, depth, old):
+    """C[rows, cols] = A[rows, depth] B[depth, cols], added to C where `old` is not SET.
+
+    A[i, k] is `a[i * a_row + k * a_step]`. `rows` is a multiple of HEIGHT, `cols` of the lanes. Of
+    words the depth is their number. For words in tiles `a_step` is 1: see `multiply_in_tiles`.
+    """
+
+
+@overload(multiply, inline="always")
+def _multiply(c, c_stride, a, a_row, a_step, b, b_stride, rows, cols, depth, old):
+    if a.dtype == types.uint32:
+        return lambda c, c_stride, a, a_row, a_step, b, b_stride, rows, cols, depth, old: (
+            _multiply_tiles(c, c_stride, a, a_row, b, b_stride, rows, cols, depth, old)
+        )
+    return lambda c, c_stride, a, a_row, a_step, b, b_stride, rows, cols, depth, old: (
+        _multiply_chains(c, c_stride, a, a_row, a_step, b, b_stride, rows, cols, depth, old)
+    )
 
 
 # --- Transposition: a square of vectors at a time, in registers.

@@ -3,6 +3,9 @@
 A pair is a word of two bf16 that are next to each other along the depth of a product, of which the
 CPU adds two products in one instruction: `multiply` takes tiles of words like tiles of numbers,
 half as deep. Along a row pairs lie in memory as they are, down the rows of a tile they are made.
+
+There are words for vectors and words for AMX. Those are multiplied 16 by 16, so that their depth is
+padded with zeros, and what is multiplied from the left has its depth along its rows.
 """
 
 import numpy as np
@@ -12,13 +15,15 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from tilewise.kernels.numba import _sixteen
+from tilewise.kernels.numba._amx import SIDE
 from tilewise.kernels.numba._lanes import LANES, constant, has, load_vector
-from tilewise.kernels.numba._matmul import once
+from tilewise.kernels.numba._matmul import UNIT, once, transpose
 from tilewise.kernels.numba._parallel import INT32, INT64, callee
 from tilewise.kernels.numba._simd import load, offset, pointer, real, store
 from tilewise.kernels.numba._tiles import FLAG, NONE, padded, read_tile, rounded
 
-PAIR = np.int32(0)  # the kind of a word
+PAIR, TILED_PAIR = np.int32(0), np.uint32(0)  # the kinds of a word
+NUMBER = np.float32(0)
 MULTIPLIES_PAIRS = has("avx512bf16") and LANES == 16
 
 
@@ -35,7 +40,7 @@ def as_kind(typing_context, p, kind):
 
 
 def _holds_pairs(p):
-    return p.dtype == types.int32
+    return p.dtype in (types.int32, types.uint32)
 
 
 @intrinsic
@@ -43,6 +48,53 @@ def per_word(typing_context, p):
     """How many numbers an element of the tile `p` holds: 2 of a pair, else 1."""
     count = 2 if _holds_pairs(p) else 1
     return types.int64(p), lambda context, builder, signature, args: INT64(count)
+
+
+@intrinsic
+def _per_depth(typing_context, p):
+    """Of so many elements of the tile `p` a product is a multiple deep."""
+    count = SIDE if p.dtype == types.uint32 else 1
+    return types.int64(p), lambda context, builder, signature, args: INT64(count)
+
+
+@callee
+def depth_of(tile, count):
+    """How deep a product of so many numbers is, in elements of the tile."""
+    per, step = per_word(tile), _per_depth(tile)
+    return ((count + per - 1) // per + step - 1) // step * step
+
+
+@callee
+def clear_below(tile, stride, rows, cols):
+    """Zeros where a tile [rows, cols] is deeper for a product than it has numbers."""
+    per = per_word(tile)
+    for i in range((rows + per - 1) // per, depth_of(tile, rows)):
+        for j in range(cols):
+            store(offset(tile, i * stride), j, PAIR)
+
+
+@callee
+def _stand(to, to_stride, tile, stride, depth, cols):
+    once()
+    to, tile = as_kind(to, NUMBER), as_kind(tile, NUMBER)
+    transpose(to, to_stride, tile, stride, depth, cols)
+
+
+def standing(to, to_stride, tile, stride, depth, cols):
+    """A tile [depth, cols], both whole vectors, for a product that has it transposed on the left:
+    where it lies, and how far its rows, and its columns, are apart. Words for AMX are copied."""
+
+
+@overload(standing, inline="always")
+def _standing(to, to_stride, tile, stride, depth, cols):
+    if tile.dtype == types.uint32:
+
+        def turned(to, to_stride, tile, stride, depth, cols):
+            _stand(to, to_stride, tile, stride, depth, cols)
+            return to, to_stride, UNIT
+
+        return turned
+    return lambda to, to_stride, tile, stride, depth, cols: (tile, UNIT, stride)
 
 
 def widest(dim: int) -> int:
@@ -85,6 +137,7 @@ def _pair_of(typing_context, first, second):
 def _read_pairs(to, width, source, stride, rows, cols, factor, seen_at, seen_step):
     once()
     none = real(factor, 0)
+    clear_below(to, width, rows, width)
     for i in range((rows + 1) // 2):
         x, y = offset(source, 2 * i * stride), offset(to, i * width)
         there = 2 * i + 1 < rows

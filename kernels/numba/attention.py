@@ -2,13 +2,15 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tilewise.kernels.numba import _append, _attend, _attend_back, _decode, _deltas
+from tilewise.kernels.numba._amx import multiplies_tiles
 from tilewise.kernels.numba._lanes import LANES
 from tilewise.kernels.numba._online_softmax import scaling
-from tilewise.kernels.numba._operands import MULTIPLIES_PAIRS, PAIR
+from tilewise.kernels.numba._operands import MULTIPLIES_PAIRS, PAIR, TILED_PAIR
 from tilewise.kernels.numba._rules import KEYS, SCORED, rules_of
 from tilewise.kernels.numba._shared import (
     broadcast_strides,
@@ -114,14 +116,14 @@ def _tiles_of(q: Tensor, v: Tensor) -> tuple:
     block of them fits in the scratch for scores."""
     widest = max(q.shape[-1], v.shape[-1])
     if q.dtype == torch.bfloat16 and MULTIPLIES_PAIRS and widest <= 8 * int(KEYS):
-        return PAIR, kind(q)
+        return TILED_PAIR if multiplies_tiles() else PAIR, kind(q)
     wide = KINDS[wide_dtype(q.dtype)]
     return wide, wide
 
 
 def _width(q: Tensor, v: Tensor) -> int:
     """Numbers in a row of a tile of queries."""
-    per = 2 if _tiles_of(q, v)[0] is PAIR else 1
+    per = 2 if isinstance(_tiles_of(q, v)[0], np.integer) else 1
     return rounded(-(-q.shape[-1] // per)) * per
 
 
