@@ -298,3 +298,29 @@ def test_compiled_code_sees_the_op():
     compiled = torch.compile(lambda x: tilewise.gelu(x), backend=backend, fullgraph=True)
     assert torch.equal(compiled(x), tilewise.gelu(x))
     assert any("tilewise.gelu_forward" in target for target in seen)
+
+
+def test_one_plan_is_for_all_seeds_and_offsets():
+    """And for all there are in memory, those of calls without a seed among them."""
+    logits, places = torch.zeros(2, 500), [(0, 0), (1, 0), (-1, 5), (2**63 - 1, -(2**63)), (3, 3)]
+    expected = [as_written(tilewise.sample, logits, seed=s, offset=o) for s, o in places]
+    assert len({tuple(tokens.tolist()) for (tokens,) in expected}) == len(places)
+    for (seed, offset), tokens in zip(places, expected, strict=True):
+        same(tuple_of(tilewise.sample(logits, seed=seed, offset=offset)), tokens)
+    assert len(tilewise.sample.plans) == 1 and all(tilewise.sample.plans.values())
+    for wrong in (2**63, -(2**63) - 1, True, 1.0):
+        with pytest.raises((TypeError, ValueError), match="sample: seed must"):
+            tilewise.sample(logits, seed=wrong, offset=0)
+
+    tilewise.sample.plans.clear()
+    drawn = [tuple(tilewise.sample(logits).tolist()) for _ in range(6)]
+    assert len({*drawn}) == len(drawn)
+    assert len(tilewise.sample.plans) == 1 and all(tilewise.sample.plans.values())
+    for row in range(4):
+        generator = torch.Generator().manual_seed(row)
+        seed = torch.randint(2**63 - 1, (), generator=torch.Generator().manual_seed(row))
+        assert torch.equal(
+            tilewise.sample(logits, generator=generator), tilewise.sample(logits, seed=seed)
+        )
+    with pytest.raises(ValueError, match="seed or generator, got both"):
+        tilewise.sample(logits, seed=1, generator=generator)

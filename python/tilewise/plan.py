@@ -10,8 +10,9 @@ and 14.1, torch's 2.8; with cold caches rms_norm takes 48, 160, 74; one thread o
 2026-11.)
 
 It is gone through twice, with other tensors: a number that a kernel is given is an address where
-it differs, and the tensor it belongs to must then be the same both times. What does anything else
-than allocate, view and launch kernels of the CPU has no plan, and runs as written.
+it differs, and the tensor it belongs to must then be the same both times; or one of the ints that
+the function says may vary, such as a seed. What does anything else than allocate, view and launch
+kernels of the CPU has no plan, and runs as written.
 
 Where a gradient is wanted the plan has two parts, of the call and of its backward, with one
 `autograd.Function` around both. What the backward needs is saved, and the arguments.
@@ -42,11 +43,15 @@ KEPT = 4096  # plans, and calls seen once, of a function, before it begins anew
 SCRATCH_BYTES = 1 << 16  # up to this, what a plan only writes to is kept, one a thread
 SAVED_BYTES = 1 << 16  # up to this, arguments are saved that only a second derivative needs
 
+INT64 = range(-(2**63), 2**63)
+PROBE = 0x5EED << 40  # no address, and no size
+
 _NUMBERS = frozenset({int, float, bool, str, type(None)})
 
 
-def planned(function: Callable[P, R]) -> Callable[P, R]:
-    """Let `function`, the public one of an op, be called by plan."""
+def planned(function: Callable[P, R], varying: Sequence[str] = ()) -> Callable[P, R]:
+    """Let `function`, the public one of an op, be called by plan; by one for all ints that come as
+    the options `varying`, which go to kernels and decide nothing."""
     plans: dict[tuple[Any, ...], Plan | None] = {}
     seen: set[tuple[Any, ...]] = set()
 
@@ -61,8 +66,13 @@ def planned(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **options)
         given: Any = (*args, *options.values()) if options else args
         key = [preference.names, preference.strict, len(args), *options]
+        vary = [n for n in varying if type(options.get(n)) is int and options[n] in INT64]
         graded, saves = torch.is_grad_enabled(), False
-        for x in given:
+        fixed: Any = given
+        if vary:
+            key += vary
+            fixed = (*args, *(x for n, x in options.items() if n not in vary))
+        for x in fixed:
             kind = type(x)
             if kind is Tensor or kind is Parameter:
                 if not x.is_cpu:
@@ -83,7 +93,7 @@ def planned(function: Callable[P, R]) -> Callable[P, R]:
         if name not in plans:
             if name in seen:
                 _make_room(plans)
-                plans[name] = _plan_of(function, args, options, saves)
+                plans[name] = _plan_of(function, args, options, saves, vary)
             else:
                 _make_room(seen)
                 seen.add(name)
@@ -99,17 +109,40 @@ def _make_room(kept: Any) -> None:
 
 
 def _plan_of(
-    function: Callable[..., Any], args: Sequence[Any], options: dict[str, Any], saves: bool
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    options: dict[str, Any],
+    saves: bool,
+    vary: Sequence[str],
 ) -> Plan | None:
     try:
         if saves:
-            return _Differentiated(function, args, options).plan()
-        first, second = (record_call(function, args, options) for _ in range(2))
+            return None if vary else _Differentiated(function, args, options).plan()
+        first, second = (_varied(function, args, options, vary, turn) for turn in range(2))
         source, returned = _forward(first, second)
         source.lines.append(f"return {source.listed(returned, first.several)}")
         return source.function(_parameters([*args, *options.values()]))
     except Unrecorded:
         return None
+
+
+def _varied(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    options: dict[str, Any],
+    vary: Sequence[str],
+    turn: int,
+) -> Record:
+    """A record of the call in which the ints that vary are numbers of their own in each turn."""
+    names = {
+        PROBE + 2 * i + turn: (name, f"option{len(args) + i}")
+        for i, name in enumerate(options)
+        if name in vary
+    }
+    probes = {name: probe for probe, (name, _) in names.items()}
+    record = record_call(function, args, options | probes)
+    record.varying = {probe: written for probe, (_, written) in names.items()}
+    return record
 
 
 # --- From two records to a plan.
@@ -210,6 +243,10 @@ class _Source:
             name = f"constant{len(self.scope)}"
             self.scope[name] = one
             return repr(one) if type(one) in (int, bool, type(None)) else name
+        if one in self.first.varying:
+            if self.first.varying[one] != self.second.varying.get(other):
+                raise Unrecorded
+            return self.first.varying[one]
         number, shift = self.first.owner(one)
         if (number, shift) != self.second.owner(other):
             raise Unrecorded

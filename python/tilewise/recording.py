@@ -34,6 +34,7 @@ class Record(TorchDispatchMode):
     forward: tuple[int, int] = (0, 0)
     came: int = 0
     gradients: tuple[Tensor | None, ...] = ()
+    varying: dict[int, str] = field(default_factory=dict)  # ints that were given, and their names
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -7,8 +7,15 @@ group. So a number depends on where it is used, never on how the work was cut in
 This is the specification: plain PyTorch in int64, on any device, and without overflow.
 """
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, cast
+
 import torch
 from torch import Generator, Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 ROUNDS = 10
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -256,6 +263,22 @@ def seed_and_offset(
         return _checked(op, "seed", seed, rows, device), offset
     drawn = torch.randint(_LAST_SEED, (), device=device, generator=generator)
     return drawn, offset
+
+
+def seeded(function: Callable[P, R]) -> Callable[P, R]:
+    """Let `function`, of a tensor first, have a seed whenever it is called: where none was given
+    one is drawn beforehand, as `seed_and_offset` does it."""
+
+    @wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        if options.get("seed") is None and args and isinstance(args[0], Tensor):
+            generator = options.pop("generator", None)
+            options["seed"] = torch.randint(
+                _LAST_SEED, (), device=args[0].device, generator=cast(Any, generator)
+            )
+        return function(*args, **options)
+
+    return call
 
 
 def as_arguments(

@@ -5,6 +5,7 @@ https://arxiv.org/abs/1909.05858), by the Gumbel-max rule (https://arxiv.org/abs
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from tilewise.op import (
     transforming,
     wide_dtype,
 )
-from tilewise.rng import as_arguments, seed_and_offset
+from tilewise.plan import planned
+from tilewise.rng import as_arguments, seed_and_offset, seeded
 from tilewise.sampling import (
     OPTIONS,
     as_options,
@@ -36,6 +38,8 @@ from tilewise.sampling import (
 )
 
 
+@seeded
+@partial(planned, varying=("seed", "offset"))
 def sample(
     logits: Tensor,
     *,
