@@ -201,3 +201,22 @@ def test_numbas_gradients_are_of_the_probabilities_of_the_output(heads, kv_heads
         head, query = divmod(number, seq_q)
         column = found[number, head * kv_heads // heads, :, 0]
         assert torch.equal(column, p[number, head, query].detach()), (head, query)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", range(3))
+@pytest.mark.parametrize("seq_q, seq_k", [(5, 3), (18, 40), (33, 33)])
+def test_numbas_gradients_are_the_same_whichever_are_wanted(dtype, wanted, seq_q, seq_k):
+    """What one does not write another does not read."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, 2, seq, 16, generator=generator).to(dtype) for seq in (seq_q, seq_k, seq_k)
+    )
+    able("numba", q, k, v)
+
+    def gradients(*wanted):
+        given = [t.clone().requires_grad_(i in wanted) for i, t in enumerate((q, k, v))]
+        out = attention(*given, backend="numba")
+        return torch.autograd.grad(out.float().square().sum(), [given[i] for i in wanted])
+
+    assert torch.equal(gradients(wanted)[0], gradients(0, 1, 2)[wanted])
