@@ -291,3 +291,24 @@ def test_nan_reaches_the_gradient_of_its_sink(backend):
     out = attention(q, k, v, sinks=sinks, backend=backend)
     (dsinks,) = torch.autograd.grad(out.sum(), sinks)
     assert dsinks.isnan().tolist() == [False, True]
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place", [0, 19, 33])
+def test_nan_is_in_every_row_that_it_was_a_score_of(backend, dtype, place):
+    """And in no other; a score of many among them, in a tile that is not the first."""
+    q, k, v = inputs(20, 150, dtype=dtype)
+    able(backend, q, k, v)
+    q, k = q.clone(), k.clone()
+    if place < 20:
+        q[0, 1, place, 2] = NAN
+    else:
+        k[1, 0, place + 110, 3] = NAN
+    rows = attention(q, k, v, backend=backend).isnan()
+    expected = torch.zeros_like(rows)
+    if place < 20:
+        expected[0, 1, place] = True
+    else:
+        expected[1] = True
+    assert torch.equal(rows, expected)
