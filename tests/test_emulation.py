@@ -149,6 +149,7 @@ def test_plain_finds(name, said):
     must_find("plain", name, said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, said", kinds(FOUND_ADDRESS))
 def test_address_sanitizer_finds(name, said):
     must_find("address", name, said)
@@ -172,8 +173,13 @@ def test_every_seeded_bug_is_found_by_some_build():
 
 
 @pytest.mark.parametrize(
-    "sanitizer", ["plain", "address", "memory", pytest.param("thread", marks=pytest.mark.slow)]
-)
+    "sanitizer",
+    [
+        "plain", "memory",
+        pytest.param("address", marks=pytest.mark.slow),
+        pytest.param("thread", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_clean_kernels_give_no_finding_in_any_order(sanitizer):
     done = run([program(sanitizer), "every", "clean", CLEAN_ORDERS], text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

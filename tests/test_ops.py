@@ -13,6 +13,7 @@ from cases import (
     interpreted,
     label,
     leaves,
+    own_backend,
     unless,
 )
 from functorch.compile import make_boxed_func
@@ -173,7 +174,7 @@ def test_registered_properly(op, backend, size):
 COMPILED = [
     pytest.param(
         *p.values, dynamic, id=f"{p.id}-{'dynamic' if dynamic else 'static'}",
-        marks=unless(not dynamic or backend == next(iter(op.backends))),
+        marks=unless(not dynamic or backend == own_backend(op)),
     )
     for p in BACKENDS
     for op, backend in [p.values]

@@ -75,9 +75,10 @@ def smallest_cases():
         ]
         some.sort(key=lambda i: (numbers[i][-1].bit_count() == 1, math.prod(numbers[i])))
         for backend, dtype, size in cases(op):
-            if backend == "triton" and size in [op.sizes[i] for i in some[:2]]:
+            sizes = [op.sizes[i] for i in some[:2]]
+            if backend == "triton" and size in sizes:
                 name = label(op, backend, dtype, size)
-                marks = unless(dtype in MAIN_DTYPES)
+                marks = unless((dtype, size) in zip(MAIN_DTYPES, sizes, strict=False))
                 found.append(pytest.param(op, dtype, size, id=name, marks=marks))
     return found
 

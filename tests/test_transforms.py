@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from cases import BACKENDS, as_list, case_or_skip, differentiable_or_skip, leaves, unless
+from cases import (
+    BACKENDS,
+    as_list,
+    case_or_skip,
+    differentiable_or_skip,
+    leaves,
+    own_backend,
+    unless,
+)
 from test_ops import ops_called
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -39,14 +47,14 @@ TRANSFORMS = {
 
 # What a graph is made of does not depend on the backend: `make test` has one of each op.
 FIRST_BACKENDS = [
-    pytest.param(*p.values, id=p.id, marks=unless(backend == next(iter(op.backends))))
+    pytest.param(*p.values, id=p.id, marks=unless(backend == own_backend(op)))
     for p in BACKENDS
     for op, backend in [p.values]
 ]
 # What is transformed is the reference, whatever the backend: compiled, one will do as well.
 TRANSFORMED = [
     pytest.param(*p.values, compiled, id=f"{p.id}-{'compiled' if compiled else 'eager'}",
-                 marks=unless(not compiled or backend == next(iter(op.backends))))
+                 marks=unless(not compiled or backend == own_backend(op)))
     for p in BACKENDS
     for op, backend in [p.values]
     for compiled in (False, True)

@@ -9,6 +9,8 @@ from tilewise import append_kv_, rotary, rotary_tables
 from tilewise.check import compare
 from tilewise.rotation import rotated
 
+pytestmark = pytest.mark.thinned(3)
+
 BEFORE = (0, 7, 30)
 OLD = -7.0
 

@@ -49,6 +49,7 @@ OPTIONS = {
 LENGTHS = (600, 17, 257)
 
 
+@pytest.mark.thinned(4)
 @EVERY
 @PAGES
 @pytest.mark.parametrize("q_len", [1, 2, 16])
@@ -60,6 +61,7 @@ def test_it_is_attention_of_the_last_tokens(backend, page_size, q_len):
     same(ours, one_by_one(q, *dense(LENGTHS), LENGTHS))
 
 
+@pytest.mark.thinned(3)
 @EVERY
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("page_size", [None, 16])
@@ -73,6 +75,7 @@ def test_options_are_those_of_attention(backend, name, page_size):
     same(ours, one_by_one(q, *dense(LENGTHS), LENGTHS, **options))
 
 
+@pytest.mark.thinned(8)
 @EVERY
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
 @pytest.mark.parametrize("q_len", [1, 3])
@@ -86,6 +89,7 @@ def test_heads_that_share_keys(backend, kv_heads, q_len, dim, v_dim):
     same(ours, one_by_one(q, k, v, lengths))
 
 
+@pytest.mark.thinned(3)
 @EVERY
 @pytest.mark.parametrize("length", [1, 17, 255, 256, 257, 511, 512, 513, 1024])
 def test_where_keys_are_split(backend, length):
@@ -96,6 +100,7 @@ def test_where_keys_are_split(backend, length):
     same(ours, one_by_one(q, k, v, (length,)))
 
 
+@pytest.mark.thinned(4)
 @EVERY
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 @PAGES
@@ -267,6 +272,7 @@ CASES = [
 ]
 
 
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("dtype", sorted(DECODE.backends["numba"].dtypes, key=str), ids=str)
 @pytest.mark.parametrize("backend", DECODE.backends)
 @pytest.mark.parametrize("size", CASES, ids=[label(DECODE, "", "", s) for s in CASES])

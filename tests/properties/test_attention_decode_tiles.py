@@ -12,6 +12,8 @@ from tilewise.check import check, compare, failures
 from tilewise.heads.cache import append_reference_
 from tilewise.op import HALVES, OPS
 
+pytestmark = pytest.mark.thinned(3)
+
 DECODE_WITH_LSE = OPS["attention_decode_with_lse"]
 INF, NAN = float("inf"), float("nan")
 TILED = pytest.mark.parametrize(

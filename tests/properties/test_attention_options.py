@@ -8,6 +8,8 @@ from cases import DEVICE
 from tilewise import attention, attention_with_lse
 from tilewise.rng import keep_mask
 
+pytestmark = pytest.mark.thinned(2)
+
 INF, NAN = float("inf"), float("nan")
 SEEN_BOTH = pytest.mark.parametrize("seq_q, seq_k", [(5, 20), (20, 5), (12, 12)])
 

@@ -105,6 +105,7 @@ KERNELS = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("op, backend, dtype, size", KERNELS)
 def test_every_two_options(op, backend, dtype, size):
     results = check(op, backend, dtype, size, DEVICE)

@@ -228,6 +228,7 @@ for chosen in all_pairs(FACTORS):
     CASES.append({"heads": 4, "dim": 8} | size)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", VARLEN.backends)
 @pytest.mark.parametrize("size", CASES, ids=[label(VARLEN, "", "", s) for s in CASES])

@@ -11,6 +11,8 @@ from tilewise import attention_varlen, attention_with_lse
 from tilewise.op import HALVES
 from tilewise.rng import keep_mask
 
+pytestmark = pytest.mark.thinned(3)
+
 BACKENDS = pytest.mark.parametrize("backend", VARLEN.backends)
 DTYPES = pytest.mark.parametrize("dtype", sorted(HALVES, key=str), ids=str)
 LONG = ((70, 150), (0, 9), (140, 40), (33, 0), (1, 65))
