@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from tilewise.kernels.numba._options import INT32, INT64, UINT32, options_of, row_of
+from tilewise.kernels.numba._options import INT32, UINT32, draws_of, options_of, row_of
 from tilewise.kernels.numba._parallel import callee
 from tilewise.kernels.numba._philox import philox
 from tilewise.kernels.numba._ranks import (
@@ -26,18 +26,37 @@ from tilewise.kernels.numba._ranks import (
 from tilewise.kernels.numba._simd import load, pointer, real, store
 
 GROUPS = BLOCK // 4
+PART = np.int64(1 << 14)  # columns whose masses are summed by themselves, and by one task
 WORDS = 2.0**32
 RARITY = WORDS * 1.0001  # in words, above a score of 0: masses are rounded
 LOWEST_SCORE = -4.0  # below that of the first token, whose noise is above -3.2
 
 
 @callee
-def _is_short(values, count, j, top, inverse, p):
+def part_masses(values, part, count, j, top, inverse):
+    """Of a part of the values: the mass before value j in rank, and all of it."""
+    begin, end = part * PART, min((part + 1) * PART, count)
+    v, middle = load(values, j), min(max(j, begin), end)
+    before, total = masses_of(values, begin, middle, top, inverse, v, True)
+    more, rest = masses_of(values, middle, end, top, inverse, v, False)
+    return before + more, total + rest
+
+
+@callee
+def is_short(before, total, p):
+    """Whether a mass is short of top-p."""
+    return real(p, before) < p * real(p, total)
+
+
+@callee
+def _is_left(values, count, j, top, inverse, p):
     """Whether the mass before value j in rank is short of top-p."""
-    v = load(values, j)
-    before, total = masses_of(values, 0, j, top, inverse, v, True)
-    more, rest = masses_of(values, j, count, top, inverse, v, False)
-    return real(values, before + more) < p * real(values, total + rest)
+    before, total = 0.0, 0.0
+    for part in range((count + PART - 1) // PART):
+        more, rest = part_masses(values, part, count, j, top, inverse)
+        before += more
+        total += rest
+    return is_short(before, total, p)
 
 
 @callee
@@ -80,13 +99,16 @@ def _draw_words(words, seed, offset, row, group):
 
 
 @callee
-def _draw(reaches, words, x, maxima, vocab, top, inverse, seed, offset, row, least, stop):
-    """The winning column of those above `least`, or equal to it and before `stop`."""
+def draw(
+    reaches, words, x, maxima, begin, end, vocab, top, inverse, seed, offset, row, least, stop
+):  # fmt: skip
+    """The winning column, and its score, of those above `least`, or equal to it and before `stop`,
+    in blocks `begin` to `end`, and the first in rank."""
     winner = first(x, maxima, vocab, top)  # is always left, and a good score to begin with
     word = philox(seed, offset, row, winner >> 2)[winner & 3]
     best = _score(top, top, inverse, word)
     rarity = _rarity(best)
-    for b in range((vocab + BLOCK - 1) // BLOCK):
+    for b in range(begin, end):
         lowest = lowest_word(load(reaches, b) * rarity)
         if load(maxima, b) < least or lowest == WORDS:
             continue
@@ -101,7 +123,7 @@ def _draw(reaches, words, x, maxima, vocab, top, inverse, seed, offset, row, lea
                     score = _score(v, top, inverse, word)
                     if score > best:
                         winner, best, rarity = j, score, _rarity(score)
-    return winner
+    return winner, best
 
 
 @callee
@@ -121,15 +143,15 @@ def _draw_listed(masses, values, columns, count, top, inverse, seed, offset, row
 
 
 @callee
-def _sample_all(reaches, words, x, maxima, vocab, top, least, inverse, p, seed, offset, row):
-    """A token of those of the whole row from `least` on, cut to top-p."""
-    stop = vocab
-    weigh(reaches, maxima, (vocab + BLOCK - 1) // BLOCK, top, inverse)
+def redraw(reaches, words, x, maxima, vocab, top, least, stop, inverse, p, seed, offset, row):
+    """A token of those of the whole row before `least` and `stop`, cut to top-p."""
+    blocks = (vocab + BLOCK - 1) // BLOCK
     while True:
-        token = _draw(
-            reaches, words, x, maxima, vocab, top, inverse, seed, offset, row, least, stop
-        )
-        if p == 1 or _is_short(x, vocab, token, top, inverse, p):
+        token, _ = draw(
+            reaches, words, x, maxima, 0, blocks, vocab, top, inverse, seed, offset, row, least,
+            stop,
+        )  # fmt: skip
+        if p == 1 or _is_left(x, vocab, token, top, inverse, p):
             return token
         least, stop = load(x, token), token
 
@@ -145,7 +167,7 @@ def _sample_listed(
         j = _draw_listed(
             masses, values, columns, count, top, inverse, seed, offset, row, least, stop
         )
-        if p == 1 or _is_short(values, count, j, top, inverse, p):
+        if p == 1 or _is_left(values, count, j, top, inverse, p):
             return np.int64(load(columns, j))
         least, stop = load(values, j), j
 
@@ -159,8 +181,9 @@ def draw_token(
         return first(x, maxima, vocab, top)
     inverse, least = inverse_of(t), least_for_min_p(top, t, m)
     if k == 0 or k >= vocab:
-        return _sample_all(
-            masses, words, x, maxima, vocab, top, least, inverse, p, seed, offset, row
+        weigh(masses, maxima, (vocab + BLOCK - 1) // BLOCK, top, inverse)
+        return redraw(
+            masses, words, x, maxima, vocab, top, least, vocab, inverse, p, seed, offset, row
         )
     count = gather_top(values, columns, x, maxima, vocab, k, top)
     return _sample_listed(masses, values, columns, count, top, least, inverse, p, seed, offset, row)
@@ -172,10 +195,8 @@ def draw_row(
 ):  # fmt: skip
     """The token of row i, or -1; the row as it was drawn from, its largest logit and its filters.
 
-    In `scratch` are then its block maxima. `draws` are the addresses of seeds and offsets, how far
-    those of rows are apart, and what counts where there are none.
+    In `scratch` are then its block maxima. `draws` as of `draws_of`.
     """
-    seeds_at, offsets_at, seed_stride, offset_stride, seed, place = draws
     wide = kinds[2]
     maxima, masses = pointer(scratch + parts[0], wide), pointer(scratch + parts[1], wide)
     values, columns = pointer(scratch + parts[2], wide), pointer(scratch + parts[3], INT32)
@@ -186,10 +207,8 @@ def draw_row(
     token = -1
     if can and top > -INFINITY:
         t, top_k, p, m = filters
+        seed, place, row = draws_of(i, draws)
         token = draw_token(
-            maxima, masses, values, columns, words, x, vocab, top, t, top_k, p, m,
-            load(pointer(seeds_at, INT64), i * seed_stride) if seeds_at else seed,
-            load(pointer(offsets_at, INT64), i * offset_stride) if offsets_at else place,
-            0 if seed_stride else i,
-        )  # fmt: skip
+            maxima, masses, values, columns, words, x, vocab, top, t, top_k, p, m, seed, place, row
+        )
     return token, x, top, filters

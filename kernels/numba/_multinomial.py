@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tilewise.kernels.numba._gumbel import draw_token, score_of_gap
-from tilewise.kernels.numba._options import INT32, INT64, UINT32, packed_draws
+from tilewise.kernels.numba._options import INT32, INT64, UINT32, draws_of, packed_draws
 from tilewise.kernels.numba._parallel import Kernel, callee
 from tilewise.kernels.numba._philox import philox
 from tilewise.kernels.numba._ranks import BLOCK, INFINITY, block_maxima
@@ -47,7 +47,6 @@ def _draw(
     task, out_at, x_at, draws, scratch_at, parts, kind, wide, rows, vocab, count, x_stride,
     scratch_stride, tasks, replacement, weights,
 ):  # fmt: skip
-    seeds_at, offsets_at, seed_stride, offset_stride, seed, place = draws
     scratch = scratch_at + task * scratch_stride
     maxima, masses = pointer(scratch + parts[0], wide), pointer(scratch + parts[1], wide)
     values, columns = pointer(scratch + parts[2], wide), pointer(scratch + parts[3], INT32)
@@ -55,9 +54,7 @@ def _draw(
     more_columns = pointer(scratch + parts[5], INT32)
     for i in range(task, rows, tasks):
         out = offset(pointer(out_at, INT64), i * count)
-        own_seed = load(pointer(seeds_at, INT64), i * seed_stride) if seeds_at else seed
-        own_place = load(pointer(offsets_at, INT64), i * offset_stride) if offsets_at else place
-        row = 0 if seed_stride else i
+        own_seed, own_place, row = draws_of(i, draws)
         can = _write_logs(y, offset(pointer(x_at, kind), i * x_stride), vocab, weights)
         top = block_maxima(maxima, y, vocab)
         found = np.int64(0)

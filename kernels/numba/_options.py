@@ -84,6 +84,16 @@ def options_of(i, places, k, numbers, wide):
 
 
 @callee
+def draws_of(i, draws):
+    """Seed and offset of row i, and the row of its counters; of addresses of seeds and offsets, how
+    far those of rows are apart, and what counts where there are none."""
+    seeds_at, offsets_at, seed_stride, offset_stride, seed, place = draws
+    seed = load(pointer(seeds_at, INT64), i * seed_stride) if seeds_at else seed
+    place = load(pointer(offsets_at, INT64), i * offset_stride) if offsets_at else place
+    return seed, place, 0 if seed_stride else i
+
+
+@callee
 def clear_counts(counts, sources, vocab):
     """What `adjusted_row` finds, and leaves, at 0."""
     if sources[0]:

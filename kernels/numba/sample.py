@@ -23,6 +23,15 @@ from tilewise.kernels.numba._options import (
     row_kinds,
 )
 from tilewise.kernels.numba._parallel import Kernel
+from tilewise.kernels.numba._row_parts import (
+    FOUND,
+    draw_parts,
+    find_tops,
+    finish_rows,
+    is_split,
+    parts_of,
+    weigh_parts,
+)
 from tilewise.kernels.numba._simd import address, pointer, store
 from tilewise.kernels.numba._top_k import top_k_forward
 from tilewise.kernels.numba._verify_draft import verify_draft_forward
@@ -58,6 +67,9 @@ def sample_forward(logits: Tensor, *arguments) -> Tensor:
     numbers -> [batch]."""
     rows, vocab = logits.shape
     tokens = logits.new_empty(rows, dtype=torch.int64)
+    if is_split(logits, arguments):
+        _draw_split(tokens, logits, arguments)
+        return tokens
     scratch = Scratch(logits, arguments)
     _sample(
         scratch.tasks, logits.numel(), address(tokens), address(logits), *packed(arguments),
@@ -65,3 +77,19 @@ def sample_forward(logits: Tensor, *arguments) -> Tensor:
         row_kinds(logits, arguments), rows, vocab, logits.stride(0), scratch.size, scratch.tasks,
     )  # fmt: skip
     return tokens
+
+
+def _draw_split(tokens: Tensor, logits: Tensor, arguments: tuple) -> None:
+    """The same of a few rows in parts."""
+    (rows, vocab), count = logits.shape, parts_of(logits.shape[1])
+    scratch = Scratch(logits, arguments, (count * FOUND, 8), (count, 8))
+    places, top_k, numbers, _ = packed(arguments)
+    options, draws = (places, top_k, numbers), packed_draws(*arguments[COUNT:])
+    x, size = address(logits), logits.numel()
+    place = (address(scratch.memory), scratch.places, row_kinds(logits, arguments))
+    sizes = (vocab, logits.stride(0), scratch.size, count)
+    find_tops(rows * count, size, x, *place, *sizes)
+    draw_parts(rows * count, size, x, *options, draws, *place, *sizes)
+    if places[2] or numbers[1] < 1:
+        weigh_parts(rows * count, size, x, *options, *place, *sizes)
+    finish_rows(rows, size, address(tokens), x, *options, draws, *place, *sizes)
