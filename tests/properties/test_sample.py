@@ -315,6 +315,33 @@ def test_threads_do_not_change_the_draw(backend):
     assert torch.equal(drawn[0], drawn[2])
 
 
+@pytest.mark.parametrize("options", [{}, {"min_p": 0.2}, {"temperature": 0.0}], ids=str)
+def test_programs_that_share_a_row_draw_as_one(backend, options, monkeypatch):
+    """However many they are, up to more than there are blocks of the row."""
+    if backend != "triton":
+        pytest.skip(f"{backend}: one task or program has all of a row")
+    from tilewise.kernels.triton import _gumbel as kernel
+
+    logits = torch.stack([row_of_logits(9000, seed) for seed in range(6)])
+    logits[1, 8999], logits[2, [3000, 8000]], logits[3] = NAN, INFINITY, -INFINITY
+    logits[4, [4100, 6200, 8999]] = 20.0
+    seeds, drawn = torch.arange(6, device=DEVICE) * 2**34, {}
+    for parts in (1, 2, 3, 7):
+        monkeypatch.setattr(kernel, "parts_of", lambda draws, vocab, parts=parts: parts)
+        tokens = tilewise.sample(logits, **options, seed=seeds, backend=backend)
+        drawn[parts] = tokens.tolist()
+    expected = tilewise.sample(logits.double(), **options, seed=seeds, backend="reference")
+    assert drawn == dict.fromkeys(drawn, expected.tolist())
+
+
+def test_few_rows_share_programs_and_many_do_not():
+    pytest.importorskip("triton")
+    from tilewise.kernels.triton._gumbel import parts_of
+
+    assert [parts_of(1, vocab) for vocab in (1, 5000, 8192, 128256)] == [1, 1, 2, 31]
+    assert [parts_of(draws, 128256) for draws in (0, 8, 16, 63, 64, 5000)] == [31, 31, 16, 4, 1, 1]
+
+
 def test_tokens_require_no_gradient(backend):
     logits = row_of_logits(100)[None].requires_grad_()
     assert not tilewise.sample(logits, seed=1, backend=backend).requires_grad

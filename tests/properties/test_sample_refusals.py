@@ -118,21 +118,6 @@ def test_good_rows_are_not_refused():
 
 
 @pytest.mark.parametrize(
-    "lacks, options",
-    [
-        ("min_p", {"min_p": 0.1}),
-        ("repetition_penalty and no history", {"repetition_penalty": 1.1, "history": IDS}),
-        ("logit_bias", {"logit_bias": ROW}),
-        ("mask", {"mask": IDS[:, :1].int()}),
-    ],
-)
-def test_triton_names_what_it_lacks(lacks, options):
-    declared = tilewise.OPS["sample"].backends["triton"]
-    assert declared.refuses(X, temperature=1.0, **options) == f"has no {lacks}"
-    assert declared.refuses(X, temperature=1.0, top_k=3, top_p=0.5) is None
-
-
-@pytest.mark.parametrize(
     "function, error, message, options",
     [
         ("filter_logits", ValueError, "logits must be without gradient, got requires_grad=True",

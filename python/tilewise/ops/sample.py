@@ -34,7 +34,6 @@ from tilewise.sampling import (
     ranked,
     refuse_gradient,
     rows_of,
-    without_new_options,
 )
 
 
@@ -272,7 +271,7 @@ def sample_with_logprobs_reference(
     return tokens, logs.gather(-1, ranks).squeeze(-1), first.contiguous(), named
 
 
-BACKENDS = backends_of("sample", numba=takes_all, triton=without_new_options)
+BACKENDS = backends_of("sample", numba=takes_all, triton=takes_all)
 
 _forward = register(
     f"sample_forward(Tensor logits, {OPTIONS}, Tensor? seeds, Tensor? offsets, SymInt seed,"
@@ -334,6 +333,7 @@ SAMPLE = declare(
             {"batch": 2, "vocab": 3001, "top_k": 300, "top_p": 0.7},
             {"batch": 9, "vocab": 129, "each": True},
             {"batch": 5, "vocab": 1000, "min_p": 0.02},
+            {"batch": 2, "vocab": 9001, "min_p": 0.02},  # a row in parts
             {"batch": 4, "vocab": 515, "adjust": True},
             {"batch": 9, "vocab": 129, "each": True, "adjust": True, "min_p": 0.05},
         ],

@@ -7,7 +7,6 @@ from tilewise.sampling.launch import (
     as_options,
     filters_inputs,
     rows_of,
-    without_new_options,
 )
 from tilewise.sampling.options import (
     NUMBERS,
@@ -38,5 +37,4 @@ __all__ = [
     "refuse_nan",
     "refuse_number",
     "rows_of",
-    "without_new_options",
 ]

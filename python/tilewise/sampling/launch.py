@@ -54,18 +54,6 @@ def _contiguous(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.contiguous()
 
 
-NEW = (
-    "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "history", "logit_bias",
-    "mask",
-)  # fmt: skip
-
-
-def without_new_options(*tensors: Tensor | None, **options: Any) -> str | None:
-    """What a kernel refuses that only knows temperature, top_k and top_p."""
-    lacking = [name for name in NEW if options.get(name) is not None]
-    return f"has no {' and no '.join(lacking)}" if lacking else None
-
-
 def filters_inputs(
     batch: int,
     vocab: int,
