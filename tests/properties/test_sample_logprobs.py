@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import DEVICE
-from sample_cases import MINE, backend, bits_of, row_of_logits
+from sample_cases import backend, bits_of, many, row_of_logits
 
 import tilewise
 from tilewise.sampling import adjusted
@@ -13,8 +13,6 @@ from tilewise.sampling import adjusted
 __all__ = ["backend"]
 
 INFINITY, NAN = math.inf, math.nan
-BACKENDS = [b for b in MINE if b != "triton"]
-pytestmark = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 
 CASES = [
     {},
@@ -50,6 +48,8 @@ def ranked(row, logs, count):
 @pytest.mark.parametrize("count", [0, 1, 20, 300])
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_logs_are_those_of_the_oracle(backend, case, count, processed):
+    if many(backend) < 100 and count != 20 and len(case) < 3:
+        pytest.skip("triton: interpreted, too slow for more than one case of so many counts")
     logits = torch.stack([row_of_logits(300, seed) for seed in range(6)])
     logits[1] = logits[1].round()  # ties
     logits[2, ::2] = -INFINITY
@@ -94,6 +94,8 @@ def test_rows_without_a_token_or_a_distribution(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(backend, dtype):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("triton: takes no float64")
     logits = row_of_logits(500).view(2, 250).to(dtype)
     found = tilewise.sample_with_logprobs(logits, top_logprobs=4, seed=1, backend=backend)
     wide = torch.float64 if dtype == torch.float64 else torch.float32

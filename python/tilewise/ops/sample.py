@@ -196,7 +196,7 @@ def sample_with_logprobs(
         offset: As of `tilewise.sample`.
         generator: As of `tilewise.sample`.
         check_inputs: Raise where a row would give -1. Waits for the device.
-        backend: "numba" or "reference". None picks the first that can run.
+        backend: "triton", "numba" or "reference". None picks the first that can run.
 
     Returns:
         Tokens, `[batch]`, int64, those of `sample`; their logs, `[batch]`, fp32, or fp64 for fp64;
@@ -355,17 +355,17 @@ SAMPLE_WITH_LOGPROBS = declare(
         name="sample_with_logprobs",
         call=sample_with_logprobs,
         reference=sample_with_logprobs_reference,
-        backends=backends_of("sample", numba=takes_all),
+        backends=BACKENDS,
         inputs=_inputs,
         sizes=[
             {"batch": 3, "vocab": 8, "top_logprobs": 2},
             {"batch": 0, "vocab": 64, "top_logprobs": 0},  # empty batch
             {"batch": 3, "vocab": 0, "top_logprobs": 0},  # no token at all
             {"batch": 2, "vocab": 1, "top_logprobs": 1},
-            {"batch": 37, "vocab": 127, "top_k": 50, "top_logprobs": 5},
+            {"batch": 5, "vocab": 127, "top_k": 50, "top_logprobs": 5},
             {"batch": 3, "vocab": 4099, "top_p": 0.9, "top_logprobs": 20, "processed": True},
             {"batch": 9, "vocab": 129, "each": True, "adjust": True, "top_logprobs": 129},
-            {"batch": 40, "vocab": 515, "top_k": 30, "adjust": True, "top_logprobs": 7,
+            {"batch": 4, "vocab": 515, "top_k": 30, "adjust": True, "top_logprobs": 7,
              "processed": True},
         ],
         workloads=[
