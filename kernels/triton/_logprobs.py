@@ -58,8 +58,8 @@ def _logprobs_kernel(
         )  # fmt: skip
         log_of_mass = tl.log(total.to(tl.float64) / ONE).to(tl.float32)
 
-    v = tl.load(x_ptr + tl.maximum(token, 0)).to(tl.float32)
-    tl.store(logprobs_ptr + row, _logprob(v, top, t, log_of_mass))
+    drawn = tl.load(x_ptr + tl.maximum(token, 0)).to(tl.float32)
+    tl.store(logprobs_ptr + row, _logprob(drawn, top, t, log_of_mass))
     for start in range(0, count, NAMED):
         place = start + tl.arange(0, NAMED)
         mask = place < count

@@ -5,11 +5,13 @@ from torch import Tensor
 from tilewise.kernels.triton._filter import filter_logits_forward
 from tilewise.kernels.triton._gumbel import draw_tokens
 from tilewise.kernels.triton._logprobs import sample_with_logprobs_forward
+from tilewise.kernels.triton._multinomial import multinomial_forward
 from tilewise.kernels.triton._options import COUNT, adjusted, filters
 from tilewise.kernels.triton._top_k import top_k_forward
 
 __all__ = [
     "filter_logits_forward",
+    "multinomial_forward",
     "sample_forward",
     "sample_with_logprobs_forward",
     "top_k_forward",
