@@ -8,6 +8,7 @@ from tilewise.kernels.triton._logprobs import sample_with_logprobs_forward
 from tilewise.kernels.triton._multinomial import multinomial_forward
 from tilewise.kernels.triton._options import COUNT, adjusted, filters
 from tilewise.kernels.triton._top_k import top_k_forward
+from tilewise.kernels.triton._verify_draft import verify_draft_forward
 
 __all__ = [
     "filter_logits_forward",
@@ -15,6 +16,7 @@ __all__ = [
     "sample_forward",
     "sample_with_logprobs_forward",
     "top_k_forward",
+    "verify_draft_forward",
 ]
 
 

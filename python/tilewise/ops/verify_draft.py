@@ -88,7 +88,7 @@ def verify_draft(
         offset: int64, or a tensor like that of `seed`: of position 0. None is 0.
         generator: Draws the seed, where none is given.
         check_inputs: Raise where a row of the target has no token. Waits for the device.
-        backend: "numba" or "reference". None picks the first that can run.
+        backend: "triton", "numba" or "reference". None picks the first that can run.
 
     Returns:
         How many stand, `[batch]`, int64; and they, the one after them, and -1 from there on,
@@ -234,7 +234,7 @@ def _check(draft_tokens: Tensor, draft_probs: Tensor, target_logits: Tensor) -> 
         refuse_gradient(op, name, x)
 
 
-BACKENDS = backends_of("sample", numba=takes_all, leading=2)
+BACKENDS = backends_of("sample", numba=takes_all, triton=takes_all, leading=2)
 
 _forward = register(
     "verify_draft_forward(Tensor draft_tokens, Tensor draft_probs, Tensor target_logits,"
@@ -272,7 +272,7 @@ VERIFY_DRAFT = declare(
             {"batch": 3, "draft": 2, "vocab": 8},
             {"batch": 0, "draft": 2, "vocab": 64},  # empty batch
             {"batch": 2, "draft": 3, "vocab": 1},
-            {"batch": 9, "draft": 4, "vocab": 127, "top_k": 50},
+            {"batch": 3, "draft": 4, "vocab": 127, "top_k": 50},
             {"batch": 3, "draft": 5, "vocab": 4099, "top_p": 0.9},
             {"batch": 4, "draft": 0, "vocab": 300, "min_p": 0.05},  # nothing is drafted
         ],
