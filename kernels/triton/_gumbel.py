@@ -176,8 +176,9 @@ def _scores_kernel(
 @triton.jit(do_not_specialize=["samples"])
 def _winners_kernel(
     tokens_ptr, scores_ptr, places_ptr, tops_ptr, firsts_ptr, t_ptr, m_ptr,
-    vocab, samples, parts, t, m, PARTS: tl.constexpr,
+    vocab, samples, parts, t, m, OWN_TOPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    """The token of each draw; with OWN_TOPS, scores count from the largest logit of their part."""
     draw = tl.cast(tl.program_id(0), tl.int64)
     row = draw // samples
     t, _, _, _, can = filters_of(row, None, t_ptr, None, m_ptr, 0, t, 1.0, m)
@@ -185,6 +186,9 @@ def _winners_kernel(
     part = tl.arange(0, PARTS)
     scores = tl.load(scores_ptr + draw * parts + part, mask=part < parts, other=float("-inf"))
     places = tl.load(places_ptr + draw * parts + part, mask=part < parts, other=0)
+    if OWN_TOPS:
+        tops = tl.load(tops_ptr + row * parts + part, mask=part < parts, other=float("-inf"))
+        scores += gap_of(tops, top, inverse_of(t))
     token = tl.where(t > 0, winner(scores, places, vocab), first)
     can = can & (top > float("-inf"))
     tl.store(tokens_ptr + draw, tl.where(can, token, -1).to(tl.int64))
@@ -205,11 +209,11 @@ def draw_tokens(rows: Tensor, filters: tuple, samples: int, draws: tuple) -> Ten
     seeds, offsets, *place = draws
     (batch, vocab), block = rows.shape, row_block(rows.shape[1])
     count = batch * samples
-    tokens = rows.new_empty(count, dtype=torch.int64)
     selects = k_each is not None or p_each is not None or k > 0 or p < 1
     parts = 1 if selects else parts_of(count, vocab)
     warps = launch_options(max(block // 128, 1))
     if parts == 1:
+        tokens = rows.new_empty(count, dtype=torch.int64)
         _sample_kernel[(count,)](
             tokens, rows, k_each, t_each, p_each, m_each, seeds, offsets,
             vocab, rows.stride(0), samples, k, t, p, m, *place,
@@ -225,9 +229,20 @@ def draw_tokens(rows: Tensor, filters: tuple, samples: int, draws: tuple) -> Ten
         vocab, rows.stride(0), samples, t, m, *place,
         **strides(seeds, offsets), BLOCK=block, PARTS=triton.next_power_of_2(parts), **warps,
     )  # fmt: skip
-    _winners_kernel[(count,)](
-        tokens, floats[batch:], places[batch:], tops, firsts, t_each, m_each,
-        vocab, samples, parts, t, m,
-        PARTS=triton.next_power_of_2(parts), **launch_options(1),
+    return find_winners(
+        tops, firsts, floats[batch:], places[batch:], t_each, m_each, vocab, samples, t, m, False
+    )
+
+
+def find_winners(
+    tops, firsts, scores, places, t_each, m_each, vocab, samples, t, m, own_tops
+) -> Tensor:  # fmt: skip
+    """Of each part [batch, parts] the largest logit and its column, and of each draw
+    [batch * samples, parts] the best score and its column -> [batch * samples]."""
+    draws, parts = scores.shape
+    tokens, width = scores.new_empty(draws, dtype=torch.int64), triton.next_power_of_2(parts)
+    _winners_kernel[(draws,)](
+        tokens, scores, places, tops, firsts, t_each, m_each, vocab, samples, parts, t, m,
+        OWN_TOPS=own_tops, PARTS=width, **launch_options(min(max(width // 256, 1), 16)),
     )  # fmt: skip
     return tokens

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from tilewise.kernels.triton._filter import filter_logits_forward
 from tilewise.kernels.triton._gumbel import draw_tokens
+from tilewise.kernels.triton._linear_sample import linear_sample_forward
 from tilewise.kernels.triton._logprobs import sample_with_logprobs_forward
 from tilewise.kernels.triton._multinomial import multinomial_forward
 from tilewise.kernels.triton._options import COUNT, adjusted, filters
@@ -12,6 +13,7 @@ from tilewise.kernels.triton._verify_draft import verify_draft_forward
 
 __all__ = [
     "filter_logits_forward",
+    "linear_sample_forward",
     "multinomial_forward",
     "sample_forward",
     "sample_with_logprobs_forward",
