@@ -10,7 +10,6 @@ from tilewise.kernels.triton._ranks import (
     DIGITS,
     ONE,
     first_of,
-    inverse_of,
     is_before,
     key_of,
     load,
@@ -41,7 +40,7 @@ def _filter_kernel(
     whole = 1.0
     if PROBABILITIES:
         total, _ = masses_before(
-            x_ptr, vocab, tl.where(there, top, 0.0), inverse_of(t), least, stop, least, stop, BLOCK
+            x_ptr, vocab, tl.where(there, top, 0.0), 1.0 / t, least, stop, least, stop, BLOCK
         )  # fmt: skip
         whole = total.to(tl.float32) / ONE
 

@@ -20,7 +20,6 @@ from tilewise.kernels.triton._ranks import (
     first_of,
     gap_of,
     goal_of,
-    inverse_of,
     is_before,
     key_of,
     load,
@@ -89,7 +88,7 @@ def _sample_kernel(
     token, top = first_of(x_ptr, 0, vocab, BLOCK)
     can = can & (top > float("-inf"))
     if can & (t > 0) & (k != 1) & (p > 0):
-        inverse = inverse_of(t)
+        inverse = 1.0 / t
         least, stop = cut_to_top_k(x_ptr, vocab, k, DIGITS, BLOCK)
         likely, place = cut_to_min_p(least, stop, vocab, top, t, m)
         token, _ = _draw(
@@ -103,9 +102,7 @@ def _sample_kernel(
             )  # fmt: skip
             goal = goal_of(p, total)
             if before >= goal:
-                least, stop = cut(
-                    x_ptr, vocab, goal, top, inverse, least, stop, True, DIGITS, BLOCK
-                )  # fmt: skip
+                least, stop = cut(x_ptr, vocab, goal, top, inverse, True, DIGITS, BLOCK)
                 least, stop = cut_to_min_p(least, stop, vocab, top, t, m)
                 token, _ = _draw(
                     x_ptr, 0, vocab, top, inverse, seed, offset, counter_row, least, stop, BLOCK
@@ -165,7 +162,7 @@ def _scores_kernel(
         least, stop = tl.cast(0, tl.uint32), tl.cast(0, tl.int32)
         least, stop = cut_to_min_p(least, stop, vocab, top, t, m)
         token, score = _draw(
-            x_ptr + row * x_stride, begin, end, top, inverse_of(t), seed, offset, counter_row,
+            x_ptr + row * x_stride, begin, end, top, 1.0 / t, seed, offset, counter_row,
             least, stop, BLOCK,
         )  # fmt: skip
 
@@ -188,7 +185,7 @@ def _winners_kernel(
     places = tl.load(places_ptr + draw * parts + part, mask=part < parts, other=0)
     if OWN_TOPS:
         tops = tl.load(tops_ptr + row * parts + part, mask=part < parts, other=float("-inf"))
-        scores += gap_of(tops, top, inverse_of(t))
+        scores += gap_of(tops, top, 1.0 / t)
     token = tl.where(t > 0, winner(scores, places, vocab), first)
     can = can & (top > float("-inf"))
     tl.store(tokens_ptr + draw, tl.where(can, token, -1).to(tl.int64))

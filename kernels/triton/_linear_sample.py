@@ -9,7 +9,7 @@ from torch import Tensor
 from tilewise.kernels.triton._gumbel import find_winners, gumbel
 from tilewise.kernels.triton._options import option, strides
 from tilewise.kernels.triton._philox import philox_words
-from tilewise.kernels.triton._ranks import gap_of, inverse_of
+from tilewise.kernels.triton._ranks import gap_of
 from tilewise.kernels.triton._shared import launch_options
 
 TOKENS = 64  # of a tile, whatever the batch: so a score is the same number in any
@@ -63,7 +63,7 @@ def _tile_kernel(
         seed[:, None], offset[:, None], counter_row[:, None], tile * TOKENS, TOKENS
     )  # fmt: skip
     top = tl.max(tl.where(x == x, x, float("-inf")), 1)
-    score = gap_of(x, top[:, None], inverse_of(t)[:, None]) + gumbel(words)
+    score = gap_of(x, top[:, None], (1.0 / t)[:, None]) + gumbel(words)
     score = tl.where(x == x, score, float("-inf"))
     best = tl.max(score, 1)
     first = tl.min(tl.where(x == top[:, None], col[None, :], vocab), 1)

@@ -11,7 +11,6 @@ from tilewise.kernels.triton._ranks import (
     DIGITS,
     ONE,
     first_of,
-    inverse_of,
     is_before,
     key_of,
     masses_before,
@@ -54,7 +53,7 @@ def _logprobs_kernel(
         t = tl.cast(1.0, tl.float32)
     if there:
         total, _ = masses_before(
-            x_ptr, vocab, top, inverse_of(t), least, stop, least, stop, BLOCK
+            x_ptr, vocab, top, 1.0 / t, least, stop, least, stop, BLOCK
         )  # fmt: skip
         log_of_mass = tl.log(total.to(tl.float64) / ONE).to(tl.float32)
 

@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-LARGE = tl.constexpr(3e38)
 ONE = tl.constexpr(2.0**40)  # of mass; rows of up to 2^23 logits have a sum that fits
 SIGN = tl.constexpr(0x80000000)
 NAN_KEY = tl.constexpr(0xFFFF0000)
@@ -67,12 +66,6 @@ def gap_of(x, top, inverse):
 
 
 @triton.jit
-def inverse_of(t):
-    """What differences of logits are multiplied by: finite, so that 0 of them stays 0."""
-    return tl.minimum(1.0 / t, LARGE)
-
-
-@triton.jit
 def mass_of(x, top, inverse):
     return (tl.exp(gap_of(x, top, inverse)) * ONE + 0.5).to(tl.int64)
 
@@ -100,17 +93,16 @@ def goal_of(p, total):
 
 
 @triton.jit
-def _weights(x, key, col, vocab, top, inverse, least, stop, MASSES: tl.constexpr):
-    counts = is_before(key, col, least, stop) & (col < vocab)
+def _weights(x, top, inverse, MASSES: tl.constexpr):
     if MASSES:
-        return tl.where(counts, mass_of(x, top, inverse), 0)
-    else:
-        return counts.to(tl.int32)
+        return mass_of(x, top, inverse)
+    else:  # past the row too: there as for -inf, which is last
+        return tl.full(x.shape, 1, tl.int32)
 
 
 @triton.jit
 def _reach(
-    x_ptr, vocab, goal, top, inverse, least, stop,
+    x_ptr, vocab, goal, top, inverse,
     MASSES: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The largest key such that those from it on weigh `goal`."""
@@ -121,10 +113,9 @@ def _reach(
         a = tl.zeros([BLOCK], tl.int64 if MASSES else tl.int32)
         b, c = a, a
         for start in range(0, vocab, BLOCK):
-            x, col = load(x_ptr, start, vocab, BLOCK)
-            key = key_of(x)
-            weight = _weights(x, key, col, vocab, top, inverse, least, stop, MASSES)
-            key = key >> SHIFT
+            x, _ = load(x_ptr, start, vocab, BLOCK)
+            weight = _weights(x, top, inverse, MASSES)
+            key = key_of(x) >> SHIFT
             a += tl.where(key >= low + step, weight, 0)
             b += tl.where(key >= low + 2 * step, weight, 0)
             c += tl.where(key >= low + 3 * step, weight, 0)
@@ -139,18 +130,18 @@ def _reach(
 
 @triton.jit
 def cut(
-    x_ptr, vocab, goal, top, inverse, least, stop,
+    x_ptr, vocab, goal, top, inverse,
     MASSES: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`least` and `stop` of the shortest prefix in rank, of what is before those given, that weighs
-    `goal`, which is at least 1 and at most the weight of all."""
-    key = _reach(x_ptr, vocab, goal, top, inverse, least, stop, MASSES, DIGITS, BLOCK)
+    """`least` and `stop` of the shortest prefix in rank that weighs `goal`, which is at least 1 and
+    at most the weight of all."""
+    key = _reach(x_ptr, vocab, goal, top, inverse, MASSES, DIGITS, BLOCK)
     above = tl.zeros([BLOCK], tl.int64)
     tie = tl.zeros([BLOCK], tl.int64)
     for start in range(0, vocab, BLOCK):
-        x, col = load(x_ptr, start, vocab, BLOCK)
+        x, _ = load(x_ptr, start, vocab, BLOCK)
         own = key_of(x)
-        weight = _weights(x, own, col, vocab, top, inverse, least, stop, MASSES).to(tl.int64)
+        weight = _weights(x, top, inverse, MASSES).to(tl.int64)
         above += tl.where(own > key, weight, 0)
         tie = tl.maximum(tie, tl.where(own == key, weight, 0))
     each = tl.maximum(tl.max(tie, 0), 1)
@@ -172,7 +163,7 @@ def cut_to_top_k(x_ptr, vocab, k, DIGITS: tl.constexpr, BLOCK: tl.constexpr):
     """`least` and `stop` of the first k in rank, which are all if k is 0."""
     least, stop = tl.cast(0, tl.uint32), tl.cast(0, tl.int32)
     if (k > 0) & (k < vocab):
-        least, stop = cut(x_ptr, vocab, k, 0.0, 0.0, least, vocab, False, DIGITS, BLOCK)
+        least, stop = cut(x_ptr, vocab, k, 0.0, 0.0, False, DIGITS, BLOCK)
     return least, stop
 
 
@@ -197,12 +188,10 @@ def prefix(
     else:
         least, stop = cut_to_top_k(x_ptr, vocab, k, DIGITS, BLOCK)
         if p < 1:
-            inverse = inverse_of(t)
+            inverse = 1.0 / t
             total, _ = masses_before(x_ptr, vocab, top, inverse, least, stop, least, stop, BLOCK)
             goal = goal_of(p, total)
-            least, stop = cut(
-                x_ptr, vocab, goal, top, inverse, least, stop, True, DIGITS, BLOCK
-            )  # fmt: skip
+            least, stop = cut(x_ptr, vocab, goal, top, inverse, True, DIGITS, BLOCK)
         least, stop = cut_to_min_p(least, stop, vocab, top, t, m)
     return least, stop
 

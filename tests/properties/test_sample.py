@@ -146,6 +146,11 @@ def test_greedy_takes_the_lowest_of_the_largest(backend, options):
     assert tokens.tolist() == [7, 299, 0, 130, int(logits[4].argmax())]
 
 
+def test_what_the_mass_before_is_just_the_goal_of_is_not_drawn(backend):
+    logits = torch.zeros(min(many(backend), 2000), 2, device=DEVICE)
+    assert not tilewise.sample(logits, top_p=0.5, seed=1, backend=backend).any()
+
+
 @pytest.mark.parametrize("top_k", [300, 301, 10**6, 0])
 def test_top_k_of_the_vocabulary_or_0_is_off(backend, top_k):
     logits = row_of_logits(300).expand(6, -1)

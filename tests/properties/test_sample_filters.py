@@ -60,7 +60,9 @@ def test_probabilities_and_logits_are_those_of_the_oracle(backend, vocab, option
 
 
 @pytest.mark.parametrize(
-    "cut", [{"top_k": 4}, {"top_p": 0.4}, {"top_k": 8, "top_p": 0.45}], ids=str
+    "cut",
+    [{"top_k": 4}, {"top_p": 0.4}, {"top_k": 8, "top_p": 0.45}, {"top_k": 4, "min_p": 0.5}],
+    ids=str,
 )
 @pytest.mark.parametrize("zeros", ["alike", "of both signs"])
 def test_ties_go_to_the_lowest_tokens(backend, cut, zeros):
@@ -96,7 +98,8 @@ def test_rows_that_cannot_be_drawn(backend):
 def test_dtypes(backend, dtype):
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("triton: takes no float64")
-    logits = row_of_logits(500).to(torch.bfloat16).to(dtype)[None]
+    logits = row_of_logits(500).to(torch.bfloat16) / 4
+    logits = torch.stack([logits, logits - 8]).to(torch.bfloat16).to(dtype)  # also below 0
     kept = tilewise.filter_logits(logits, top_p=0.9, backend=backend)
     probs = tilewise.filtered_probs(logits, top_p=0.9, backend=backend)
     assert kept.dtype == dtype
@@ -104,6 +107,15 @@ def test_dtypes(backend, dtype):
     left = kept > -INFINITY
     assert torch.equal(kept[left], logits[left])
     assert torch.equal(probs > 0, left)
+    expected = tilewise.filter_logits(logits.double(), top_p=0.9, backend="reference")
+    assert torch.equal(left, expected > -INFINITY)
+
+
+def test_ties_in_many_blocks(backend):
+    logits = torch.zeros(1, 5000, device=DEVICE)
+    logits[0, 4990] = 1.0
+    kept = tilewise.filter_logits(logits, top_k=4501, backend=backend)
+    assert (kept[0] > -INFINITY).nonzero().flatten().tolist() == [*range(4500), 4990]
 
 
 @pytest.mark.parametrize("options", FILTERS[2:], ids=str)
@@ -147,6 +159,7 @@ def test_top_k_is_the_stable_sort(backend, k):
     x[2, ::2] = -0.0
     x[3, 20:] = -INFINITY
     x[4, [5, 250, 251]], x[4, [6, 130]] = NAN, INFINITY
+    x[4, 250:251].neg_()  # of the other sign
     x[5] = -INFINITY
     values, indices = tilewise.top_k(x, k, backend=backend)
     order = [
