@@ -103,7 +103,6 @@ def _sample_kernel(
             goal = goal_of(p, total)
             if before >= goal:
                 least, stop = cut(x_ptr, vocab, goal, top, inverse, True, DIGITS, BLOCK)
-                least, stop = cut_to_min_p(least, stop, vocab, top, t, m)
                 token, _ = _draw(
                     x_ptr, 0, vocab, top, inverse, seed, offset, counter_row, least, stop, BLOCK
                 )  # fmt: skip
@@ -115,7 +114,7 @@ def _sample_kernel(
 def _part_of(vocab, BLOCK: tl.constexpr):
     """The columns of a program of those of a row."""
     size = tl.cdiv(tl.cdiv(vocab, BLOCK), tl.num_programs(1)) * BLOCK
-    begin = tl.minimum(tl.program_id(1) * size, vocab)
+    begin = tl.program_id(1) * size
     return begin, tl.minimum(begin + size, vocab)
 
 

@@ -168,6 +168,17 @@ def test_where_nothing_was_drafted_the_target_alone_counts(backend):
     assert torch.equal(again[1], tokens)
 
 
+def test_where_the_target_has_nothing_more_it_is_drawn_from(backend):
+    """Drafted as if each token were sure."""
+    drafts = torch.zeros(8, 1, dtype=torch.int64, device=DEVICE)
+    probs, logits = torch.ones(8, 1, 16, device=DEVICE), torch.zeros(8, 2, 16, device=DEVICE)
+    seeds = torch.arange(8, device=DEVICE)
+    accepted, tokens = tilewise.verify_draft(drafts, probs, logits, seed=seeds, backend=backend)
+    expected = tilewise.verify_draft(drafts, probs, logits, seed=seeds, backend="reference")
+    assert torch.equal(tokens, expected[1])
+    assert len(tokens[accepted == 0, 0].unique()) > 2
+
+
 @pytest.mark.parametrize("batch, draft, vocab", [(0, 2, 8), (3, 0, 8), (2, 2, 0)])
 def test_sizes_of_nothing(backend, batch, draft, vocab):
     accepted, tokens = tilewise.verify_draft(
