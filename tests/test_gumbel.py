@@ -11,7 +11,7 @@ from tilewise.op import INTERPRETED
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = triton.language
-from tilewise.kernels.triton.sample import _gumbel  # noqa: E402
+from tilewise.kernels.triton._gumbel import gumbel  # noqa: E402
 
 # The first and the last of all words, and between them as many at the ends as in the middle.
 EDGES = [0, 1, 2**24, 2**28, 2**32 - 2**28, 2**32 - 2**24, 2**32 - 1]
@@ -21,7 +21,7 @@ WORDS = torch.cat([torch.linspace(*ends, 512, dtype=torch.float64) for ends in p
 @triton.jit
 def _noise(out, words, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + i, _gumbel(tl.load(words + i).to(tl.uint32)))
+    tl.store(out + i, gumbel(tl.load(words + i).to(tl.uint32)))
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="Triton needs TRITON_INTERPRET=1")
