@@ -113,7 +113,7 @@ def _reach(
         a = tl.zeros([BLOCK], tl.int64 if MASSES else tl.int32)
         b, c = a, a
         for start in range(0, vocab, BLOCK):
-            x, _ = load(x_ptr, start, vocab, BLOCK)
+            x, col = load(x_ptr, start, vocab, BLOCK)
             weight = _weights(x, top, inverse, MASSES)
             key = key_of(x) >> SHIFT
             a += tl.where(key >= low + step, weight, 0)
@@ -139,7 +139,7 @@ def cut(
     above = tl.zeros([BLOCK], tl.int64)
     tie = tl.zeros([BLOCK], tl.int64)
     for start in range(0, vocab, BLOCK):
-        x, _ = load(x_ptr, start, vocab, BLOCK)
+        x, col = load(x_ptr, start, vocab, BLOCK)
         own = key_of(x)
         weight = _weights(x, top, inverse, MASSES).to(tl.int64)
         above += tl.where(own > key, weight, 0)
