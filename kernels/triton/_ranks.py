@@ -113,7 +113,7 @@ def _reach(
         a = tl.zeros([BLOCK], tl.int64 if MASSES else tl.int32)
         b, c = a, a
         for start in range(0, vocab, BLOCK):
-            x, col = load(x_ptr, start, vocab, BLOCK)
+            x, _col = load(x_ptr, start, vocab, BLOCK)
             weight = _weights(x, top, inverse, MASSES)
             key = key_of(x) >> SHIFT
             a += tl.where(key >= low + step, weight, 0)
