@@ -20,7 +20,9 @@ from tilewise import native, toolchain
 ROOT = Path(__file__).parent.parent
 OPS = ("rms_norm", "layer_norm", "softmax", "glu", "gelu", "dropout_add", "rotary",
        "qk_norm_rotary")  # fmt: skip
-HEADERS = "".join((ROOT / f"csrc/{name}launchers.h").read_text() for name in ("", "attention_"))
+HEADERS = "".join(
+    (ROOT / f"csrc/{name}launchers.h").read_text() for name in ("", "attention_", "sample_")
+)
 DECLARED = dict(re.findall(r"^cudaError_t (\w+)\((.*?)\);", HEADERS, re.M | re.S))
 LAUNCHERS = list(DECLARED)
 WEIGHTED = [name for name, arguments in DECLARED.items() if arguments.count("DType ") > 1]

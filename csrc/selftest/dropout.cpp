@@ -33,6 +33,12 @@ uint32_t high(int64_t number) { return static_cast<uint32_t>(static_cast<uint64_
 
 }  // namespace
 
+uint32_t word_of(int64_t seed, int64_t offset, int64_t row, int64_t col) {
+  const Words words =
+      philox({low(col / 4), low(row), low(offset), high(offset)}, {low(seed), high(seed)});
+  return words[static_cast<size_t>(col % 4)];
+}
+
 Dropout dropout_of(Seeds kind, int64_t rows) {
   if (kind == Seeds::none) return {};
   Dropout dropout{int64_t{1} << 30, 4.f / 3.f, {}, {}, kind == Seeds::of_rows, 0, 0};

@@ -12,6 +12,9 @@
 
 namespace tilewise::selftest {
 
+// The word of a column, by the definition.
+uint32_t word_of(int64_t seed, int64_t offset, int64_t row, int64_t col);
+
 // Where the launchers find the seed and the offset.
 enum class Seeds { none, number, array, of_rows };
 constexpr Seeds kSeeds[]{Seeds::none, Seeds::number, Seeds::array, Seeds::of_rows};

@@ -138,6 +138,7 @@ int main(int count, char** words) {
       {"qk_norm_rotary", qk_norm_rotary},
       {"rms_norm", rms_norm},
       {"rotary", rotary},
+      {"sample", sample},
       {"scored_softmax", scored_softmax},
       {"softmax", softmax},
   };

@@ -61,6 +61,7 @@ void linear_cross_entropy();
 void qk_norm_rotary();
 void rms_norm();
 void rotary();
+void sample();
 void scored_softmax();
 void softmax();
 

@@ -104,8 +104,8 @@ def kernel_sources(op: Op, room: str, root: Path) -> dict[str, str]:
         files |= {root / "CMakeLists.txt", *_with_includes(list(compiled), root)}
     texts = {str(file.relative_to(root)): file.read_text() for file in files}
     rest = "".join(text for name, text in texts.items() if name.endswith(".cu"))
-    for launchers in ("csrc/launchers.h", "csrc/attention_launchers.h"):
-        if launchers in texts:
+    for room_of in ("", "attention_", "sample_"):
+        if (launchers := f"csrc/{room_of}launchers.h") in texts:
             mine = LAUNCHER.sub(
                 lambda found: found[0] if re.search(rf"\b{found[1]}\b", rest) else "",
                 texts[launchers],

@@ -113,6 +113,8 @@ def test_what_is_forbidden_is_never_drawn(backend, vocab):
     if many(backend) < 100 and vocab > 2000:
         pytest.skip("triton: interpreted, too slow for a large vocabulary")
     rows = min(64 if vocab < 2000 else 4, many(backend))
+    if many(backend) == 1000:
+        rows = rows // 4  # emulated
     logits = torch.zeros(rows, vocab, device=DEVICE)
     allowed = {j for j in range(vocab) if j * 7 % 11 < 2}
     options = {"mask": bits_of(allowed, vocab).expand(rows, -1), "temperature": 5.0}

@@ -98,7 +98,7 @@ def sample(
         offset: int64, counts the draws from one seed; or a tensor like that of `seed`. None is 0.
         generator: Draws the seed, where none is given. None is PyTorch's own.
         check_inputs: Raise where a row would give -1. Waits for the device.
-        backend: "triton", "numba" or "reference". None picks the first that can run.
+        backend: "cuda", "numba", "triton" or "reference". None picks the first that can run.
 
     Returns:
         `[batch]`, int64.
@@ -271,7 +271,7 @@ def sample_with_logprobs_reference(
     return tokens, logs.gather(-1, ranks).squeeze(-1), first.contiguous(), named
 
 
-BACKENDS = backends_of("sample", numba=takes_all, triton=takes_all)
+BACKENDS = backends_of("sample", cuda=takes_all, numba=takes_all, triton=takes_all)
 
 _forward = register(
     f"sample_forward(Tensor logits, {OPTIONS}, Tensor? seeds, Tensor? offsets, SymInt seed,"
