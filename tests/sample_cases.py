@@ -31,6 +31,12 @@ def many(backend):
     return 8 if backend == "triton" and INTERPRETED else 20_000
 
 
+def float64_or_skip(backend, dtype=torch.float64):
+    """Say aloud of a case in fp64 that a backend has no such kernel."""
+    if backend in ("cuda", "triton") and dtype == torch.float64:
+        pytest.skip(f"{backend}: takes no float64")
+
+
 def enough_or_skip(backend):
     """As many draws as say something about frequencies."""
     if many(backend) < 100:

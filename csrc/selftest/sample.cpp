@@ -114,21 +114,33 @@ Run run(const Size& size, const Options& options, const Values& x, DType dtype) 
   }
   Values bias;
   for (int64_t col = 0; options.length && col < cols; ++col) bias.push_back(bias_of(col));
-  const bool has_room = options.length && !sample_is_held(rows, cols);
+  const bool is_adjusted = options.length && !sample_is_held(rows, cols);
   const Array given(dtype, x, rows, stride), history(history_of(size, options));
   const Array biases(DType::f32, bias),
       mask(options.length ? mask_of(size) : std::vector<int32_t>());
   const Array own_seeds(seeds), own_offsets(offsets);
-  const Array room(DType::f32, has_room ? rows * ((cols + 3) / 4 * 4) : 0);
+  const Array room(DType::f32, is_adjusted ? rows * ((cols + 3) / 4 * 4) : 0);
   const Array tokens(std::vector<int64_t>(static_cast<size_t>(rows), -7));
+  const void* x_at = given.at();
+  if (is_adjusted) {
+    must_succeed(sample_adjust(room.at<float>(), given.at(), rows, cols, stride, nullptr, nullptr,
+                               nullptr, history.at<int64_t>(), options.length, biases.at<float>(),
+                               0, mask.at<int32_t>(), (cols + 31) / 32, options.repetition,
+                               options.presence, options.frequency, dtype, nullptr),
+                 "sample_adjust");
+    x_at = room.at();
+  }
+  const auto unless_adjusted = [&](auto* pointer) { return is_adjusted ? nullptr : pointer; };
   must_succeed(
-      sample_forward(tokens.at<int64_t>(), room.at<float>(), given.at(), rows, cols, stride,
-                     nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
-                     history.at<int64_t>(), options.length, biases.at<float>(), 0,
-                     mask.at<int32_t>(), (cols + 31) / 32, options.top_k, options.temperature,
-                     options.top_p, options.min_p, options.repetition, options.presence,
-                     options.frequency, own_seeds.at<int64_t>(), own_offsets.at<int64_t>(),
-                     options.has_own_seeds, options.has_own_seeds, kSeed, kOffset, dtype, nullptr),
+      sample_forward(tokens.at<int64_t>(), x_at, rows, cols,
+                     is_adjusted ? (cols + 3) / 4 * 4 : stride, nullptr, nullptr, nullptr, nullptr,
+                     nullptr, nullptr, nullptr, unless_adjusted(history.at<int64_t>()),
+                     options.length, unless_adjusted(biases.at<float>()), 0,
+                     unless_adjusted(mask.at<int32_t>()), (cols + 31) / 32, options.top_k,
+                     options.temperature, options.top_p, options.min_p, options.repetition,
+                     options.presence, options.frequency, own_seeds.at<int64_t>(),
+                     own_offsets.at<int64_t>(), options.has_own_seeds, options.has_own_seeds, kSeed,
+                     kOffset, is_adjusted ? DType::f32 : dtype, nullptr),
       "sample_forward");
   Run run;
   run.bits = tokens.bits();
@@ -176,9 +188,9 @@ void sample() {
   }
   const int64_t* none = nullptr;
   must_refuse("sample of no rows",
-              sample_forward(nullptr, nullptr, nullptr, 0, 8, 8, none, nullptr, nullptr, nullptr,
-                             nullptr, nullptr, nullptr, none, 0, nullptr, 0, nullptr, 0, 0, 1, 1, 0,
-                             1, 0, 0, none, none, 0, 0, 0, 0, DType::f32, nullptr));
+              sample_forward(nullptr, nullptr, 0, 8, 8, none, nullptr, nullptr, nullptr, nullptr,
+                             nullptr, nullptr, none, 0, nullptr, 0, nullptr, 0, 0, 1, 1, 0, 1, 0, 0,
+                             none, none, 0, 0, 0, 0, DType::f32, nullptr));
 }
 
 }  // namespace tilewise::selftest

@@ -4,21 +4,37 @@ import torch
 from torch import Tensor
 
 from tilewise import _cuda
-from tilewise.kernels.cuda._shared import address
+from tilewise.kernels.cuda._shared import DTYPES, address, stream
 
 COUNT = 17  # of the arguments of `tilewise.sampling.OPTIONS`
+OFF = (*[None] * 10, 0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 GROUP = 4  # tokens that are read at once
 
 
-def packed(options: tuple) -> tuple[int | float, ...]:
-    """Of `OPTIONS`: what each row has, history, bias and mask, then what counts for all."""
-    each, (history, bias, mask), numbers = options[:7], options[7:10], options[10:COUNT]
+def packed(logits: Tensor, options: tuple) -> tuple[tuple, tuple]:
+    """Rows of logits, and of `OPTIONS` what each row has, history, bias and mask, then what counts
+    for all. Rows that are too long to be held come adjusted, and have none of these three."""
+    each, sources, numbers = options[:7], options[7:10], options[10:COUNT]
+    rows, vocab = logits.shape
+    if any(x is not None for x in sources) and not _cuda.sample_is_held(rows, vocab):
+        adjusted = logits.new_empty(rows, -(-vocab // GROUP) * GROUP, dtype=torch.float32)
+        _cuda.sample_adjust(
+            address(adjusted), *_rows(logits), *map(address, each[4:]), *_sources(*sources),
+            *numbers[4:], DTYPES[logits.dtype], stream(logits),
+        )  # fmt: skip
+        logits, sources = adjusted[:, :vocab], (None, None, None)
+    return (logits, *_rows(logits)), (*map(address, each), *_sources(*sources), *numbers)
+
+
+def _rows(logits: Tensor) -> tuple[int, ...]:
+    return address(logits), *logits.shape, logits.stride(0)
+
+
+def _sources(history: Tensor | None, bias: Tensor | None, mask: Tensor | None) -> tuple[int, ...]:
     return (
-        *map(address, each),
         address(history), 0 if history is None else history.shape[1],
         address(bias), 0 if bias is None else bias.stride(0),
         address(mask), 0 if mask is None else mask.stride(0),
-        *numbers,
     )  # fmt: skip
 
 
@@ -30,9 +46,7 @@ def packed_draws(
     return address(seeds), address(offsets), *strides, seed, offset
 
 
-def room_for_adjusted(logits: Tensor, options: tuple) -> Tensor | None:
-    """Memory for rows that have penalties, a bias or a mask, and are too long to be held."""
-    rows, vocab = logits.shape
-    if all(x is None for x in options[7:10]) or _cuda.sample_is_held(rows, vocab):
-        return None
-    return logits.new_empty(rows, -(-vocab // GROUP) * GROUP, dtype=torch.float32)
+def room_for_ranked(x: Tensor, count: int) -> Tensor:
+    """Memory in which so many of each row are sorted: a power of two, for a bitonic sort."""
+    size = 1 << (min(count, x.shape[1]) - 1).bit_length() if count else 0
+    return x.new_empty(len(x), size, dtype=torch.int64)

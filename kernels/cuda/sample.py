@@ -4,19 +4,60 @@ import torch
 from torch import Tensor
 
 from tilewise import _cuda
-from tilewise.kernels.cuda._options import COUNT, packed, packed_draws, room_for_adjusted
+from tilewise.kernels.cuda._options import COUNT, OFF, packed, packed_draws, room_for_ranked
 from tilewise.kernels.cuda._shared import DTYPES, address, stream
 
 
 def sample_forward(logits: Tensor, *arguments) -> Tensor:
     """logits [batch, vocab]; options as `_options.packed`, seeds and offsets [batch] or [], or
     numbers -> [batch]."""
-    rows, vocab = logits.shape
-    options, draws = arguments[:COUNT], arguments[COUNT:]
-    tokens = logits.new_empty(rows, dtype=torch.int64)
-    adjusted = room_for_adjusted(logits, options)
+    tokens = logits.new_empty(len(logits), dtype=torch.int64)
+    (logits, *rows), options = packed(logits, arguments[:COUNT])
     _cuda.sample_forward(
-        address(tokens), address(adjusted), address(logits), rows, vocab, logits.stride(0),
-        *packed(options), *packed_draws(*draws), DTYPES[logits.dtype], stream(logits),
+        address(tokens), *rows, *options, *packed_draws(*arguments[COUNT:]),
+        DTYPES[logits.dtype], stream(logits),
     )  # fmt: skip
     return tokens
+
+
+def sample_with_logprobs_forward(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
+    """logits [batch, vocab]; options as `_options.packed`, how many of the likeliest, whether after
+    all filters, seeds and offsets -> tokens, logprobs [batch]; logprobs, tokens [batch, count]."""
+    options, (count, processed, *draws) = arguments[:COUNT], arguments[COUNT:]
+    tokens = sample_forward(logits, *options, *draws)
+    logprobs = logits.new_empty(len(logits), dtype=torch.float32)
+    top_logprobs = logits.new_empty(len(logits), count, dtype=torch.float32)
+    top_tokens = logits.new_empty(len(logits), count, dtype=torch.int64)
+    room = room_for_ranked(logits, count)
+    (logits, *rows), options = packed(logits, options if processed else OFF)
+    _cuda.sample_logprobs(
+        *map(address, (logprobs, top_logprobs, top_tokens, room, tokens)), *rows,
+        count, room.stride(0), processed, *options, DTYPES[logits.dtype], stream(logits),
+    )  # fmt: skip
+    return tokens, logprobs, top_logprobs, top_tokens
+
+
+def top_k_forward(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """x [rows, vocab] -> values, indices [rows, k]."""
+    values, indices = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
+    if k:
+        room = room_for_ranked(x, k)
+        _cuda.sample_top_k(
+            *map(address, (values, indices, room, x)), *x.shape, x.stride(0), k, room.stride(0),
+            DTYPES[x.dtype], stream(x),
+        )  # fmt: skip
+    return values, indices
+
+
+def filter_logits_forward(logits: Tensor, *arguments) -> Tensor:
+    """logits [batch, vocab], options as `_options.packed`, whether probabilities are wanted
+    -> [batch, vocab], of the dtype of the logits; probabilities in fp32."""
+    as_probabilities, dtype = arguments[COUNT], logits.dtype
+    (logits, *rows), options = packed(logits, arguments[:COUNT])
+    out = logits.new_empty(logits.shape, dtype=torch.float32 if as_probabilities else None)
+    kept, probabilities = (None, out) if as_probabilities else (out, None)
+    _cuda.sample_filter(
+        address(kept), address(probabilities), *rows, *options,
+        DTYPES[logits.dtype], stream(logits),
+    )  # fmt: skip
+    return out if as_probabilities else out.to(dtype)

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 from cases import DEVICE
-from sample_cases import MINE, backend, enough_or_skip, likelihoods, many, pooled, row_of_logits
+from sample_cases import (
+    MINE,
+    backend,
+    enough_or_skip,
+    float64_or_skip,
+    likelihoods,
+    many,
+    pooled,
+    row_of_logits,
+)
 from scipy import stats
 
 import tilewise
@@ -89,8 +98,7 @@ def test_backends_draw_the_same_tokens_but_for_ties_within_rounding(backend, opt
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes_of_the_same_values_draw_the_same_tokens(backend, dtype):
-    if backend in ("cuda", "triton") and dtype == torch.float64:
-        pytest.skip(f"{backend}: takes no float64")
+    float64_or_skip(backend, dtype)
     logits = torch.stack([row_of_logits(300, seed) for seed in range(4)]).bfloat16() / 8
     options = {"seed": 3, "top_k": 100, "top_p": 0.95, "backend": backend}
     expected = tilewise.sample(logits.float(), **options)

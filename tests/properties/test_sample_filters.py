@@ -10,6 +10,7 @@ from sample_cases import (
     assert_drawn_from,
     backend,
     enough_or_skip,
+    float64_or_skip,
     likelihoods,
     many,
     row_of_logits,
@@ -96,8 +97,7 @@ def test_rows_that_cannot_be_drawn(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(backend, dtype):
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("triton: takes no float64")
+    float64_or_skip(backend, dtype)
     logits = row_of_logits(500).to(torch.bfloat16) / 4
     logits = torch.stack([logits, logits - 8]).to(torch.bfloat16).to(dtype)  # also below 0
     kept = tilewise.filter_logits(logits, top_p=0.9, backend=backend)
@@ -121,10 +121,11 @@ def test_ties_in_many_blocks(backend):
 @pytest.mark.parametrize("options", FILTERS[2:], ids=str)
 def test_sample_draws_by_these_probabilities(backend, options):
     row, count = row_of_logits(40, 5), enough_or_skip(backend)
-    probs = tilewise.filtered_probs(row[None], **options, backend=backend)[0].tolist()
+    exact = row if backend in ("cuda", "triton") else row.double()  # they take no float64
+    probs = tilewise.filtered_probs(exact[None], **options, backend=backend)[0].tolist()
     seeds = torch.arange(count, device=DEVICE)
     tokens = tilewise.sample(row.expand(count, -1), **options, seed=seeds, backend=backend)
-    expected = {j: p for j, p in enumerate(probs) if p > 0}
+    expected = {j: p / math.fsum(probs) for j, p in enumerate(probs) if p > 0}
     assert_drawn_from(tokens, expected, 1e-6 / (2 * len(FILTERS)))
 
 
@@ -188,8 +189,7 @@ def test_pieces_of_a_row_meet_in_rank(backend, vocab, k, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_top_k_of_a_large_vocabulary_and_many_dims(backend, dtype):
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("triton: takes no float64")
+    float64_or_skip(backend, dtype)
     vocab = 262144 if many(backend) > 100 else 9000
     x = row_of_logits(vocab * 2).view(1, 2, vocab).to(dtype)
     values, indices = tilewise.top_k(x, 20, backend=backend)
@@ -199,9 +199,18 @@ def test_top_k_of_a_large_vocabulary_and_many_dims(backend, dtype):
     assert values.dtype == dtype and indices.dtype == torch.int64
 
 
+@pytest.mark.parametrize("vocab, k", [(2048, 2048), (5000, 2049), (9000, 3), (33000, 40)])
+def test_top_k_of_many_is_the_stable_sort(backend, vocab, k):
+    x = torch.stack([row_of_logits(vocab), row_of_logits(vocab, 1).round()])
+    x[0, [0, vocab - 1, vocab // 2]], x[1, vocab // 3] = NAN, INFINITY
+    values, indices = tilewise.top_k(x, k, backend=backend)
+    _, places = x.nan_to_num(2e38, 1e38).sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(indices, places[:, :k])
+    assert torch.equal(values.nan_to_num(1.5), x.gather(1, indices).nan_to_num(1.5))
+
+
 def test_top_k_values_have_a_gradient(backend):
-    if backend == "triton":
-        pytest.skip("triton: takes no float64, and the gradient is the front door's")
+    float64_or_skip(backend)
     x = row_of_logits(40).double().view(2, 20).requires_grad_()
     values, indices = tilewise.top_k(x, 3, backend=backend)
     grad = torch.autograd.grad((values * torch.arange(3.0, device=DEVICE)).sum(), x)[0]

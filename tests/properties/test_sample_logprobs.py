@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import DEVICE
-from sample_cases import backend, bits_of, many, row_of_logits
+from sample_cases import backend, bits_of, float64_or_skip, many, row_of_logits
 
 import tilewise
 from tilewise.sampling import adjusted
@@ -94,8 +94,7 @@ def test_rows_without_a_token_or_a_distribution(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(backend, dtype):
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("triton: takes no float64")
+    float64_or_skip(backend, dtype)
     logits = row_of_logits(500).view(2, 250).to(dtype)
     found = tilewise.sample_with_logprobs(logits, top_logprobs=4, seed=1, backend=backend)
     wide = torch.float64 if dtype == torch.float64 else torch.float32

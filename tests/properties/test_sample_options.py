@@ -144,9 +144,10 @@ def test_bias_of_infinity(backend):
     assert tokens.tolist() == [7, 49, -1]
 
 
-@pytest.mark.parametrize("history", [[], [-1, -1], [50, 1000, -9, 2**62]], ids=str)
-def test_history_without_tokens_changes_nothing(backend, history):
-    logits = torch.stack([row_of_logits(50, seed) for seed in range(6)])
+@pytest.mark.parametrize("vocab", [50, 64])
+@pytest.mark.parametrize("history", [[], [-1, -1], [1000, 64, -9, 2**62]], ids=str)
+def test_history_without_tokens_changes_nothing(backend, vocab, history):
+    logits = torch.stack([row_of_logits(vocab, seed) for seed in range(6)])
     plain = tilewise.sample(logits, seed=1, backend=backend)
     ids = torch.tensor(history, dtype=torch.int64, device=DEVICE).expand(6, -1)
     penalties = {"repetition_penalty": 9.0, "presence_penalty": 5.0, "frequency_penalty": 5.0}

@@ -5,8 +5,6 @@
 // integers: they do not depend on the order, nor on how many blocks share the row.
 #pragma once
 
-#include <cfloat>
-
 #include "cuda/sample/options.cuh"
 
 namespace tilewise {
@@ -16,9 +14,9 @@ constexpr int kBinBits = 11;
 constexpr float kBinsOfUnit = 64.f;  // of the first pass
 constexpr uint64_t kNever = ~uint64_t{0};
 
-// Ordered as the numbers are.
+// Ordered as the numbers are; NaN is above all of them.
 __device__ inline uint32_t ordered(float v) {
-  const uint32_t bits = __float_as_uint(v);
+  const uint32_t bits = v == v ? __float_as_uint(v) : 0x7fffffffu;
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
@@ -38,17 +36,18 @@ struct Masses {
   }
 };
 
-// What is left of a row: what is above `least`, and equal to it before the column `stop`.
+// What is left of a row: what is above a key, and of that key before the column `stop`.
 struct Cut {
-  float least;
+  uint32_t key;
   int stop;
 
   __device__ bool keeps(float v, int column) const {
-    return v > least || (v == least && column < stop);
+    const uint32_t mine = ordered(v);
+    return mine > key || (mine == key && column < stop);
   }
 };
 
-__device__ inline Cut no_cut() { return {-INFINITY, 0}; }
+__device__ inline Cut no_cut() { return {0, kNoColumn}; }
 
 // What tokens amount to: their number or their mass; and, if that is their mass, their number.
 struct Amount {
@@ -111,6 +110,23 @@ __device__ inline Amount sum_until(Bins& bins, Amount mine) {
   return mine;
 }
 
+// The same over the blocks before this one; `all` is then the sum over all threads of the row.
+__device__ inline Amount sum_until(const Cluster& cluster, Bins& bins, Amount mine, Amount& all) {
+  Amount until = sum_until(bins, mine);
+  if (threadIdx.x == blockDim.x - 1) {
+    for (int block = 0; block < cluster.blocks; ++block) {
+      cluster.in_block(&bins, block)->blocks[cluster.rank] = until;
+    }
+  }
+  cluster.sync();
+  all = {};
+  for (int block = 0; block < cluster.blocks; ++block) {
+    if (block < cluster.rank) until = until + bins.blocks[block];
+    all = all + bins.blocks[block];
+  }
+  return until;
+}
+
 // Find the bin in which the sum of weights reaches the goal, once every thread has added its own;
 // returns the sum of all. The last bin, where they do not: before it is then all there is. Each
 // block sums up its part of the bins over all blocks, and whose part has the goal tells the others.
@@ -122,18 +138,8 @@ __device__ inline Amount find(const Cluster& cluster, Bins& bins, uint64_t goal)
   const int last = min(first + each, begin + part);
   Amount mine{};
   for (int bin = first; bin < last; ++bin) mine = mine + all_of(cluster, bins, bin);
-  Amount until = sum_until(bins, mine);
-  if (threadIdx.x == blockDim.x - 1) {
-    for (int block = 0; block < cluster.blocks; ++block) {
-      cluster.in_block(&bins, block)->blocks[cluster.rank] = until;
-    }
-  }
-  cluster.sync();
-  Amount all{};
-  for (int block = 0; block < cluster.blocks; ++block) {
-    if (block < cluster.rank) until = until + bins.blocks[block];
-    all = all + bins.blocks[block];
-  }
+  Amount all;
+  const Amount until = sum_until(cluster, bins, mine, all);
   if (all.weight < goal) {
     if (threadIdx.x == 0) {
       bins.bin = kBins - 1;
@@ -185,52 +191,57 @@ template <typename Row>
 __device__ Cut cut_at(const Cluster& cluster, Bins& bins, const Row& row, Masses masses,
                       uint64_t goal, bool by_mass) {
   const auto weight_of = [&](float v) { return by_mass ? masses.of(v) : uint64_t{1}; };
-  const auto is_whole = [&] {  // whether all of the bin that was found is before the cut
-    return by_mass ? bins.in.count == 1 : bins.before.weight + bins.in.weight == goal;
-  };
   const float top = masses.top;
-  const uint32_t top_key = ordered(top), deepest = top_key - ordered(-FLT_MAX);
-  bins.clear();
-  row.each([&](int, const float (&v)[kGroup]) {
+  const uint32_t top_key = ordered(top), deepest = top_key - ordered(-INFINITY);
+  // What is left to look at: depths, or columns of one key, from low to high. What is before it,
+  // and in it.
+  uint32_t low = 0, high = deepest, key = 0;
+  Amount before{}, in{kNever, ~0u};
+  const auto is_whole = [&] {  // whether all of it is before the cut
+    return by_mass ? in.count == 1 : before.weight + in.weight == goal;
+  };
+  if (top == top) {
+    bins.clear();
+    row.each([&](int, const float (&v)[kGroup]) {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const int step = step_of(top, v[i]);
-      if (step < kBins - 1) {
-        const uint64_t weight = weight_of(v[i]);
-        if (weight) bins.add(step, weight, by_mass);
+      for (int i = 0; i < kGroup; ++i) {
+        const int step = step_of(top, v[i]);
+        if (step < kBins - 1) {
+          const uint64_t weight = weight_of(v[i]);
+          if (weight) bins.add(step, weight, by_mass);
+        }
       }
-    }
-  });
-  find(cluster, bins, goal);
-  // What is left to look at: depths, or columns of one depth, from low to high.
-  uint32_t low = min(depth_of_step(top, bins.bin, deepest), deepest), high = deepest;
-  if (bins.bin < kBins - 1) high = depth_of_step(top, bins.bin + 1, deepest) - 1;
-  float least = 0.f;
-  bool are_columns = false;
-  for (;;) {
+    });
+    find(cluster, bins, goal);
+    before = bins.before;
+    in = bins.in;
+    low = min(depth_of_step(top, bins.bin, deepest), deepest);
+    if (bins.bin < kBins - 1) high = depth_of_step(top, bins.bin + 1, deepest) - 1;
+  }
+  for (bool are_columns = false;;) {
     if (!are_columns && (low == high || is_whole())) {
-      least = from_ordered(top_key - high);
-      if (is_whole()) return {least, kNoColumn};
+      key = top_key - high;
+      if (is_whole()) return {key, kNoColumn};
       are_columns = true;
       low = 0;
       high = row.vocab - 1;
-    } else if (low == high || is_whole()) {
-      return {least, static_cast<int>(high) + 1};
     }
-    goal -= bins.before.weight;
+    if (are_columns && (low == high || is_whole())) return {key, static_cast<int>(high) + 1};
+    goal -= before.weight;
     const int bits = 32 - __clz(static_cast<int>(high - low)), shift = max(bits - kBinBits, 0);
     bins.clear();
     row.each([&](int col, const float (&v)[kGroup]) {
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
-        if (v[i] == -INFINITY || (are_columns && v[i] != least)) continue;
-        const uint32_t at = are_columns ? col + i : top_key - ordered(v[i]);
-        if (at < low || at > high) continue;
+        const uint32_t mine = ordered(v[i]), at = are_columns ? col + i : top_key - mine;
+        if (at < low || at > high || (are_columns && mine != key)) continue;
         const uint64_t weight = weight_of(v[i]);
         if (weight) bins.add((at - low) >> shift, weight, by_mass);
       }
     });
     find(cluster, bins, goal);
+    before = bins.before;
+    in = bins.in;
     const uint32_t begin = min(static_cast<uint32_t>(bins.bin), (high - low) >> shift) << shift;
     high = min(high, low + begin + ((1u << shift) - 1));
     low += begin;
@@ -256,7 +267,7 @@ __device__ uint64_t mass_of(const Cluster& cluster, Bins& bins, const Row& row, 
 template <typename Row>
 __device__ Cut cut_of(const Cluster& cluster, Bins& bins, const Row& row, const Filters& filters,
                       const Best& largest) {
-  if (filters.is_greedy()) return {largest.value, largest.column + 1};
+  if (filters.is_greedy()) return {ordered(largest.value), largest.column + 1};
   const Masses masses{largest.value, filters.temperature};
   Cut cut = no_cut();
   if (0 < filters.top_k && filters.top_k < row.vocab) {
@@ -270,8 +281,8 @@ __device__ Cut cut_of(const Cluster& cluster, Bins& bins, const Row& row, const 
   }
   if (filters.min_p > 0.f) {
     const float apart = __fmul_rn(filters.temperature, logf(filters.min_p));
-    const float lowest = __fadd_rn(largest.value, apart);
-    if (lowest > cut.least) cut = {lowest, kNoColumn};
+    const uint32_t lowest = ordered(without_sign_of_zero(__fadd_rn(largest.value, apart)));
+    if (lowest > cut.key) cut = {lowest, kNoColumn};
   }
   return cut;
 }

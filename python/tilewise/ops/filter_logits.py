@@ -67,7 +67,7 @@ def filter_logits(
         logit_bias: `[vocab]` or `[batch, vocab]`, floating point.
         mask: `[batch, ceil(vocab / 32)]`, int32.
         check_inputs: Raise where a row would have no token. Waits for the device.
-        backend: "triton", "numba" or "reference". None picks the first that can run.
+        backend: "cuda", "triton", "numba" or "reference". None picks the first that can run.
 
     Returns:
         `[batch, vocab]`, the dtype of the logits.
@@ -133,7 +133,7 @@ def filtered_probs(
         logit_bias: `[vocab]` or `[batch, vocab]`, floating point.
         mask: `[batch, ceil(vocab / 32)]`, int32.
         check_inputs: Raise where a row would have no token. Waits for the device.
-        backend: "triton", "numba" or "reference". None picks the first that can run.
+        backend: "cuda", "triton", "numba" or "reference". None picks the first that can run.
 
     Returns:
         `[batch, vocab]`, fp32, or fp64 for fp64.
@@ -172,7 +172,7 @@ def _filter(
     return out
 
 
-BACKENDS = backends_of("sample", numba=takes_all, triton=takes_all)
+BACKENDS = backends_of("sample", cuda=takes_all, numba=takes_all, triton=takes_all)
 
 
 def _fake(logits: Tensor, *options: Any) -> Tensor:

@@ -196,7 +196,7 @@ def sample_with_logprobs(
         offset: As of `tilewise.sample`.
         generator: As of `tilewise.sample`.
         check_inputs: Raise where a row would give -1. Waits for the device.
-        backend: "triton", "numba" or "reference". None picks the first that can run.
+        backend: "cuda", "triton", "numba" or "reference". None picks the first that can run.
 
     Returns:
         Tokens, `[batch]`, int64, those of `sample`; their logs, `[batch]`, fp32, or fp64 for fp64;

@@ -28,7 +28,7 @@ def top_k(x: Tensor, k: int, *, backend: str | None = None) -> tuple[Tensor, Ten
     Args:
         x: `[..., vocab]`, floating point.
         k: From 0 to vocab.
-        backend: "triton", "numba" or "reference". None picks the first that can run.
+        backend: "cuda", "triton", "numba" or "reference". None picks the first that can run.
 
     Returns:
         Values, `[..., k]`, the dtype of x; and indices, `[..., k]`, int64.
@@ -62,7 +62,7 @@ def top_k_reference(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values[..., :k].contiguous(), indices[..., :k].contiguous()
 
 
-BACKENDS = backends_of("sample", numba=takes_all, triton=takes_all)
+BACKENDS = backends_of("sample", cuda=takes_all, numba=takes_all, triton=takes_all)
 
 
 def _fake(x: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
