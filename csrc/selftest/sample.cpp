@@ -1,8 +1,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <numeric>
+#include <tuple>
 
 #include "sample_launchers.h"
 #include "selftest/dropout.h"
@@ -25,6 +27,8 @@ struct Options {
 bool is_allowed(int64_t col) { return col % 5 != 3; }
 double bias_of(int64_t col) { return static_cast<double>(col * 7 % 9) / 4 - 1; }
 
+int64_t wanted_of(const Size& size) { return std::min<int64_t>(size.cols, 5); }
+
 // Of each row some tokens often, others once; padding, and what is no token.
 std::vector<int64_t> history_of(const Size& size, const Options& options) {
   std::vector<int64_t> history;
@@ -35,10 +39,10 @@ std::vector<int64_t> history_of(const Size& size, const Options& options) {
   return history;
 }
 
-// The scores of one row; -inf where a token is cut.
+// How far the logits of one row are below the largest, over the temperature; -inf where a token is
+// cut.
 template <typename Real>
-std::vector<Real> scores_of(const Size& size, const Options& options, const Values& x,
-                            int64_t row) {
+std::vector<Real> gaps_of(const Size& size, const Options& options, const Values& x, int64_t row) {
   const auto cols = static_cast<size_t>(size.cols);
   std::vector<Real> logits(cols);
   std::vector<int> counts(cols);
@@ -65,29 +69,49 @@ std::vector<Real> scores_of(const Size& size, const Options& options, const Valu
   const auto gap = [&](size_t j) { return (logits[j] - top) / Real(options.temperature); };
   double all = 0, before = 0;
   for (size_t j : ranked) all += std::exp(static_cast<double>(gap(j)));
-  std::vector<Real> scores(cols, Real(-kInfinity));
+  std::vector<Real> gaps(cols, Real(-kInfinity));
   for (size_t j : ranked) {
     const double mass = std::exp(static_cast<double>(gap(j)));
     if (options.top_p < 1 && before >= double{options.top_p} * all) break;
     before += mass;
-    if (mass < double{options.min_p}) continue;
-    const int64_t own = options.has_own_seeds ? row : 0;
-    const uint32_t word = word_of(kSeed + own, kOffset - own, options.has_own_seeds ? 0 : row,
-                                  static_cast<int64_t>(j));
-    scores[j] = gap(j) + Real(-std::log(-std::log((word + 0.5) / 0x1p32)));
+    if (mass >= double{options.min_p}) gaps[j] = gap(j);
   }
-  return scores;
+  return gaps;
 }
 
-// The score that wins in each row.
+// With noise: the largest is drawn.
 template <typename Real>
-Values best_scores(const Size& size, const Options& options, const Values& x) {
-  Values best;
-  for (int64_t row = 0; row < size.rows; ++row) {
-    const std::vector<Real> scores = scores_of<Real>(size, options, x, row);
-    best.push_back(static_cast<double>(*std::max_element(scores.begin(), scores.end())));
+std::vector<Real> scores_of(const Options& options, std::vector<Real> gaps, int64_t row) {
+  const int64_t own = options.has_own_seeds ? row : 0;
+  for (size_t j = 0; j < gaps.size(); ++j) {
+    if (gaps[j] == Real(-kInfinity)) continue;
+    const uint32_t word = word_of(kSeed + own, kOffset - own, options.has_own_seeds ? 0 : row,
+                                  static_cast<int64_t>(j));
+    gaps[j] += Real(-std::log(-std::log((word + 0.5) / 0x1p32)));
   }
-  return best;
+  return gaps;
+}
+
+// The score that wins in each row, the logarithm of its token's probability, all probabilities, and
+// the largest logits as they were given.
+template <typename Real>
+std::vector<Values> reference(const Size& size, const Options& options, const Values& x) {
+  const auto cols = static_cast<size_t>(size.cols);
+  Values scores, logprobs, probabilities, largest;
+  for (int64_t row = 0; row < size.rows; ++row) {
+    const std::vector<Real> gaps = gaps_of<Real>(size, options, x, row);
+    const std::vector<Real> noisy = scores_of<Real>(options, gaps, row);
+    const auto best = std::max_element(noisy.begin(), noisy.end());
+    const Real sum = total<Real>(0, cols, [&](size_t j) { return std::exp(gaps[j]); });
+    scores.push_back(static_cast<double>(*best));
+    logprobs.push_back(
+        static_cast<double>(gaps[static_cast<size_t>(best - noisy.begin())] - std::log(sum)));
+    for (Real gap : gaps) probabilities.push_back(static_cast<double>(std::exp(gap) / sum));
+    Values given(x.begin() + row * size.cols, x.begin() + (row + 1) * size.cols);
+    std::sort(given.begin(), given.end(), std::greater<double>());
+    largest.insert(largest.end(), given.begin(), given.begin() + wanted_of(size));
+  }
+  return {scores, logprobs, probabilities, largest};
 }
 
 std::vector<int32_t> mask_of(const Size& size) {
@@ -131,28 +155,53 @@ Run run(const Size& size, const Options& options, const Values& x, DType dtype) 
     x_at = room.at();
   }
   const auto unless_adjusted = [&](auto* pointer) { return is_adjusted ? nullptr : pointer; };
+  const auto logits = std::make_tuple(x_at, rows, cols, is_adjusted ? (cols + 3) / 4 * 4 : stride);
+  const float* none = nullptr;
+  const auto filters = std::make_tuple(
+      nullptr, none, none, none, none, none, none, unless_adjusted(history.at<int64_t>()),
+      options.length, unless_adjusted(biases.at<float>()), int64_t{0},
+      unless_adjusted(mask.at<int32_t>()), (cols + 31) / 32, options.top_k, options.temperature,
+      options.top_p, options.min_p, options.repetition, options.presence, options.frequency);
+  const auto draws = std::make_tuple(own_seeds.at<int64_t>(), own_offsets.at<int64_t>(),
+                                     options.has_own_seeds, options.has_own_seeds, kSeed, kOffset);
+  const auto last = std::make_tuple(is_adjusted ? DType::f32 : dtype, nullptr);
+  must_succeed(std::apply(sample_forward, std::tuple_cat(std::make_tuple(tokens.at<int64_t>()),
+                                                         logits, filters, draws, last)),
+               "sample_forward");
+  const int64_t wanted = wanted_of(size), room_stride = 8;
+  const Array logprobs(DType::f32, rows), likeliest(DType::f32, rows * wanted);
+  const Array probabilities(DType::f32, rows * cols), largest(dtype, rows * wanted);
+  const Array first(std::vector<int64_t>(static_cast<size_t>(rows * wanted)));
+  const Array ranked(std::vector<int64_t>(static_cast<size_t>(rows * room_stride)));
   must_succeed(
-      sample_forward(tokens.at<int64_t>(), x_at, rows, cols,
-                     is_adjusted ? (cols + 3) / 4 * 4 : stride, nullptr, nullptr, nullptr, nullptr,
-                     nullptr, nullptr, nullptr, unless_adjusted(history.at<int64_t>()),
-                     options.length, unless_adjusted(biases.at<float>()), 0,
-                     unless_adjusted(mask.at<int32_t>()), (cols + 31) / 32, options.top_k,
-                     options.temperature, options.top_p, options.min_p, options.repetition,
-                     options.presence, options.frequency, own_seeds.at<int64_t>(),
-                     own_offsets.at<int64_t>(), options.has_own_seeds, options.has_own_seeds, kSeed,
-                     kOffset, is_adjusted ? DType::f32 : dtype, nullptr),
-      "sample_forward");
+      std::apply(sample_logprobs,
+                 std::tuple_cat(std::make_tuple(logprobs.at<float>(), likeliest.at<float>(),
+                                                first.at<int64_t>(), ranked.at<int64_t>(),
+                                                tokens.at<int64_t>()),
+                                logits, std::make_tuple(wanted, room_stride, true), filters, last)),
+      "sample_logprobs");
+  must_succeed(
+      std::apply(sample_filter, std::tuple_cat(std::make_tuple(nullptr, probabilities.at<float>()),
+                                               logits, filters, last)),
+      "sample_filter");
+  must_succeed(sample_top_k(largest.at(), first.at<int64_t>(), ranked.at<int64_t>(), given.at(),
+                            rows, cols, stride, wanted, room_stride, dtype, nullptr),
+               "sample_top_k");
   Run run;
-  run.bits = tokens.bits();
+  const std::vector<unsigned char> bits = tokens.bits();
   Values scores;
   for (int64_t row = 0; row < rows; ++row) {
     int64_t token;
-    std::memcpy(&token, &run.bits[static_cast<size_t>(row) * sizeof token], sizeof token);
+    std::memcpy(&token, &bits[static_cast<size_t>(row) * sizeof token], sizeof token);
     const bool is_token = 0 <= token && token < cols;
-    scores.push_back(is_token ? scores_of<double>(size, options, x, row)[static_cast<size_t>(token)]
-                              : std::nan(""));
+    const auto noisy = scores_of(options, gaps_of<double>(size, options, x, row), row);
+    scores.push_back(is_token ? noisy[static_cast<size_t>(token)] : std::nan(""));
   }
+  run.bits = bits;
   run.outputs.push_back({"tokens", DType::f32, 1, scores});
+  keep(run, "logprobs", DType::f32, 1, logprobs);
+  keep(run, "probabilities", DType::f32, cols, probabilities);
+  keep(run, "largest", dtype, wanted, largest);
   return run;
 }
 
@@ -178,9 +227,9 @@ void sample() {
         report(
             case_name("sample", dtype, size) + (all ? " filtered" : ""),
             [&] { return run(size, options, x, dtype); },
-            [&](const std::vector<Values>& given, bool single) -> std::vector<Values> {
-              return {single ? best_scores<float>(size, options, given[0])
-                             : best_scores<double>(size, options, given[0])};
+            [&](const std::vector<Values>& given, bool single) {
+              return single ? reference<float>(size, options, given[0])
+                            : reference<double>(size, options, given[0]);
             },
             {x});
       }

@@ -203,6 +203,7 @@ def test_top_k_of_a_large_vocabulary_and_many_dims(backend, dtype):
 def test_top_k_of_many_is_the_stable_sort(backend, vocab, k):
     x = torch.stack([row_of_logits(vocab), row_of_logits(vocab, 1).round()])
     x[0, [0, vocab - 1, vocab // 2]], x[1, vocab // 3] = NAN, INFINITY
+    x.view(torch.int32)[0, vocab // 5] = -1  # NaN, and negative
     values, indices = tilewise.top_k(x, k, backend=backend)
     _, places = x.nan_to_num(2e38, 1e38).sort(dim=-1, descending=True, stable=True)
     assert torch.equal(indices, places[:, :k])

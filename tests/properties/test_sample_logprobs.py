@@ -92,6 +92,14 @@ def test_rows_without_a_token_or_a_distribution(backend):
     assert processed[3][2:4].tolist() in ([[7, 140, -1], [9, 60, -1]], [[7, 140, -1], [60, 9, -1]])
 
 
+def test_ties_that_are_cut_are_not_among_the_likeliest(backend):
+    logits = torch.zeros(1, 40, device=DEVICE)
+    options = {"top_k": 2, "processed": True, "seed": 1, "backend": backend}
+    _, _, logs, tokens = tilewise.sample_with_logprobs(logits, top_logprobs=4, **options)
+    assert tokens.tolist() == [[0, 1, -1, -1]]
+    assert (logs[0, 2:] == -INFINITY).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(backend, dtype):
     float64_or_skip(backend, dtype)

@@ -9,7 +9,7 @@ namespace tilewise {
 
 constexpr int kGroup = 4;            // columns of an access to a slice
 constexpr int kSliceAlignment = 32;  // columns: an access of any dtype, and a word of a mask
-constexpr int kRowThreads = 352;     // of a block; two of them have 88 registers a thread
+constexpr int kRowThreads = 320;     // of a block; two of them have 96 registers a thread
 constexpr int kNoColumn = INT32_MAX;
 constexpr int64_t kMostColumns = INT32_MAX / 2;
 

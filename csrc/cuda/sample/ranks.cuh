@@ -51,8 +51,7 @@ __device__ inline Cut no_cut() { return {0, kNoColumn}; }
 
 // What tokens amount to: their number or their mass; and, if that is their mass, their number.
 struct Amount {
-  uint64_t weight;
-  uint32_t count;
+  uint64_t weight, count;
 };
 
 __device__ inline Amount operator+(Amount a, Amount b) {
@@ -144,7 +143,7 @@ __device__ inline Amount find(const Cluster& cluster, Bins& bins, uint64_t goal)
     if (threadIdx.x == 0) {
       bins.bin = kBins - 1;
       bins.before = all;
-      bins.in = {kNever, ~0u};
+      bins.in = {kNever, kNever};
     }
   } else if (until.weight >= goal && until.weight - mine.weight < goal) {
     Amount before{until.weight - mine.weight, until.count - mine.count}, in{};
@@ -196,7 +195,7 @@ __device__ Cut cut_at(const Cluster& cluster, Bins& bins, const Row& row, Masses
   // What is left to look at: depths, or columns of one key, from low to high. What is before it,
   // and in it.
   uint32_t low = 0, high = deepest, key = 0;
-  Amount before{}, in{kNever, ~0u};
+  Amount before{}, in{kNever, kNever};
   const auto is_whole = [&] {  // whether all of it is before the cut
     return by_mass ? in.count == 1 : before.weight + in.weight == goal;
   };

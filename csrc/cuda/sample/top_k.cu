@@ -22,7 +22,7 @@ __device__ int list(uint64_t* listed, const Cluster& cluster, Bins& bins, const 
       mine.count += col + i < row.slice.end && cut.keeps(v[i], col + i);
     }
   });
-  uint32_t at = sum_until(cluster, bins, mine, all).count - mine.count;
+  uint64_t at = sum_until(cluster, bins, mine, all).count - mine.count;
   row.each([&](int col, const float (&v)[kGroup]) {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
