@@ -76,7 +76,7 @@ IDS = torch.zeros(2, 3, dtype=torch.int64, device=DEVICE)
         (TypeError, "seed must be torch.int64, got torch.float32", {"seed": COLUMN}),
         (ValueError, "must be given seed or generator", {"seed": 1, "generator": GENERATOR}),
         (ValueError, r"seed must be \[\] or \[2\], got \[8\]", {"seed": X[0].long()}),
-        (ValueError, "backend must be one of cuda, numba, triton, reference", {"backend": "cuda"}),
+        (ValueError, "backend must be one of cuda, numba, triton, reference", {"backend": "cud"}),
     ],
 )
 def test_wrong_input_is_refused(error, message, options):
