@@ -14,11 +14,22 @@ from tilewise.op import INTERPRETED, OPS
 MINE = [p.values[1] for p in BACKENDS if p.values[0].name == "sample"] + ["reference"]
 
 
-@pytest.fixture(params=MINE)
-def backend(request):
-    if request.param != "reference":
-        case_or_skip(OPS["sample"], request.param)
-    return request.param
+def backends_that(op):
+    """A fixture of what samples; what does not know `op` is skipped aloud."""
+
+    @pytest.fixture(params=MINE)
+    def backend(request):
+        if request.param == "reference":
+            return request.param
+        if request.param not in OPS[op].backends:
+            pytest.skip(f"{request.param}: has no {op}")
+        case_or_skip(OPS[op], request.param)
+        return request.param
+
+    return backend
+
+
+backend = backends_that("sample")
 
 
 def many(backend):

@@ -6,11 +6,11 @@ from itertools import permutations
 import pytest
 import torch
 from cases import DEVICE
-from sample_cases import assert_drawn_from, backend, enough_or_skip, many, row_of_logits
+from sample_cases import assert_drawn_from, backends_that, enough_or_skip, many, row_of_logits
 
 import tilewise
 
-__all__ = ["backend"]
+backend = backends_that("multinomial")
 
 INFINITY, NAN = math.inf, math.nan
 SIGNIFICANCE = 1e-6 / 20

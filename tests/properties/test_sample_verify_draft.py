@@ -7,7 +7,7 @@ import torch
 from cases import DEVICE
 from sample_cases import (
     assert_drawn_from,
-    backend,
+    backends_that,
     bits_of,
     enough_or_skip,
     likelihoods,
@@ -17,7 +17,7 @@ from sample_cases import (
 
 import tilewise
 
-__all__ = ["backend"]
+backend = backends_that("verify_draft")
 
 INFINITY, NAN = math.inf, math.nan
 
