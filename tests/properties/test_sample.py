@@ -20,6 +20,8 @@ from scipy import stats
 import tilewise
 from tilewise.rng import gumbel
 
+pytestmark = pytest.mark.thinned(3)
+
 __all__ = ["backend"]
 
 INFINITY, NAN = math.inf, math.nan

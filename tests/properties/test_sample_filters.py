@@ -18,6 +18,8 @@ from sample_cases import (
 
 import tilewise
 
+pytestmark = pytest.mark.thinned(3)
+
 __all__ = ["backend"]
 
 INFINITY, NAN = math.inf, math.nan

@@ -10,6 +10,8 @@ from sample_cases import backend, bits_of, float64_or_skip, many, row_of_logits
 import tilewise
 from tilewise.sampling import adjusted
 
+pytestmark = pytest.mark.thinned(3)
+
 __all__ = ["backend"]
 
 INFINITY, NAN = math.inf, math.nan

@@ -20,6 +20,8 @@ import tilewise
 from tilewise.rng import gumbel
 from tilewise.sampling import adjusted as adjusted_rows
 
+pytestmark = pytest.mark.thinned(3)
+
 __all__ = ["backend"]
 
 INFINITY, NAN = math.inf, math.nan

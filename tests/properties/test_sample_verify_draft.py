@@ -17,6 +17,8 @@ from sample_cases import (
 
 import tilewise
 
+pytestmark = pytest.mark.thinned(3)
+
 backend = backends_that("verify_draft")
 
 INFINITY, NAN = math.inf, math.nan
