@@ -4,8 +4,10 @@ Where the CPU has no instruction for a conversion LLVM would call a function tha
 the process would end. Then integers do it.
 """
 
+from llvmlite import ir
 from llvmlite.ir.types import _BaseFloatType
 from numba import types
+from numba.core import cgutils
 
 from tilewise.kernels.numba._lanes import FLOAT, HALF, X86, constant, has, wider
 from tilewise.kernels.numba._parallel import INT16, INT32
@@ -28,6 +30,9 @@ BRAIN = _BrainFloatType()
 
 ROUNDS_TO_BRAIN = has("avx512bf16") if X86 else has("bf16")
 CONVERTS_HALVES = has("f16c") if X86 else True
+# Where it has instructions for halves themselves, LLVM makes a sum of halves of one that is rounded
+# to a half, and one operation of two: a number that is rounded in between would not be.
+COMPUTES_HALVES = X86 and has("avx512fp16")
 
 
 def widen(builder, kind, bits):
@@ -47,6 +52,8 @@ def widen(builder, kind, bits):
 def narrow(builder, kind, value):
     """The bits of an fp32 rounded to nearest, ties to even; a NaN stays one."""
     lanes = getattr(value.type, "count", 1)
+    if kind == types.int16 and COMPUTES_HALVES:
+        return _half_converted(builder, value, lanes)
     if kind == types.int16 and CONVERTS_HALVES:
         value = builder.fptrunc(value, wider(HALF, lanes))
     elif kind == types.uint16 and ROUNDS_TO_BRAIN:
@@ -113,3 +120,32 @@ def _half_widened(builder, bits):
     found = builder.select(is_small, builder.bitcast(subnormal, t), found)
     sign = builder.shl(builder.and_(bits, constant(t, 0x8000)), constant(t, 16))
     return builder.or_(found, sign)
+
+
+def _half_converted(builder, value, lanes):
+    """The instruction itself, which LLVM does not look through."""
+    whole, width = (16, 512) if lanes > 8 else (8, 256)
+    assert lanes in (1, 2, 4, 8, 16)
+    vector, halves = ir.VectorType(FLOAT, whole), ir.VectorType(INT16, whole)
+    if lanes == 1:
+        undefined = ir.Constant(vector, ir.Undefined)
+        value = builder.insert_element(undefined, value, INT32(0))
+    elif lanes < whole:
+        undefined = ir.Constant(value.type, ir.Undefined)
+        places = ir.Constant(ir.VectorType(INT32, whole), [i % lanes for i in range(whole)])
+        value = builder.shuffle_vector(value, undefined, places)
+    nearest = INT32(0)
+    if width == 256:
+        kind = ir.FunctionType(halves, [vector, INT32])
+        name, args = "llvm.x86.vcvtps2ph.256", [value, nearest]
+    else:
+        kind = ir.FunctionType(halves, [vector, INT32, halves, INT16])
+        name = "llvm.x86.avx512.mask.vcvtps2ph.512"
+        args = [value, nearest, ir.Constant(halves, [0] * whole), INT16(-1)]
+    found = builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+    if lanes == whole:
+        return found
+    if lanes == 1:
+        return builder.extract_element(found, INT32(0))
+    places = ir.Constant(ir.VectorType(INT32, lanes), list(range(lanes)))
+    return builder.shuffle_vector(found, ir.Constant(halves, ir.Undefined), places)

@@ -158,6 +158,14 @@ def _padded(classes: int) -> int:
     return -(-classes // PADDING) * PADDING
 
 
+def _logits_memory(hidden: Tensor, rows: int, classes: int) -> Tensor:
+    """Room for rows of logits, zero behind them: where torch multiplies bf16 with AMX it reads on to
+    a whole tile, and what is not a number there is in the product."""
+    memory = hidden.new_empty(rows, _padded(classes))
+    memory[:, classes:] = 0
+    return memory
+
+
 def _parts(count: int, size: int) -> Iterator[slice]:
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
@@ -167,7 +175,7 @@ def _token_logits(room: Room, problem: Problem) -> Iterator[tuple[slice, Tensor]
     """Some tokens, and their logits `[1, tokens, classes]`, in one piece of memory for all."""
     hidden, classes = problem.hidden, len(problem.weight)
     size = _tokens_at_once(problem)
-    memory = hidden.new_empty(size, _padded(classes))
+    memory = _logits_memory(hidden, size, classes)
     for part in _parts(len(hidden), size):
         logits = memory[: part.stop - part.start, :classes]
         room.logits(logits, hidden[part], problem.weight, problem.bias)
@@ -221,7 +229,7 @@ def _by_slices(room: Room, problem: Problem, dlosses: Tensor, statistics: Tensor
     sums = dlosses.new_empty(hidden.shape if problem.wanted[0] else 0)
     fitting = SLICE_BUDGET // (tokens * hidden.itemsize)
     size = min(classes, max(fitting // CLASSES * CLASSES, min(fitting, CLASSES), 1))
-    memory = hidden.new_empty(tokens, _padded(size))
+    memory = _logits_memory(hidden, tokens, size)
     known = statistics.view(3, 1, tokens)
     for part in _parts(classes, size):
         logits = memory[:, : part.stop - part.start]

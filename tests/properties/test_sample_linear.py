@@ -7,7 +7,7 @@ import torch
 from cases import DEVICE
 from sample_cases import (
     assert_drawn_from,
-    backend,
+    backends_that,
     enough_or_skip,
     likelihoods,
     many,
@@ -17,7 +17,7 @@ from sample_cases import (
 import tilewise
 from tilewise.rng import gumbel
 
-__all__ = ["backend"]
+backend = backends_that("linear_sample")
 
 INFINITY, NAN = math.inf, math.nan
 
