@@ -7,7 +7,7 @@ namespace tilewise {
 namespace {
 
 template <typename T, bool kHeld>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(kRowThreads, kHeld ? 2 : 1)
     draw_kernel(int64_t* tokens, Logits<T> logits, Draws draws) {
   Team<Best> team(logits.blocks);
   TILEWISE_SHARED(bins, Bins);
