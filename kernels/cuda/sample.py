@@ -1,4 +1,5 @@
-"""Sampling in CUDA C++: a cluster of blocks holds a row, which is read once; no sort."""
+"""Sampling in CUDA C++: a cluster of blocks holds a row, which a draw reads once and never sorts; the
+few that are asked for in rank are."""
 
 import torch
 from torch import Tensor

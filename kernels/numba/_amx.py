@@ -39,6 +39,11 @@ def multiplies_tiles() -> bool:
     return bool(system.syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
 
 
+def is_tiled(words) -> bool:
+    """Whether AMX is to multiply what lies at this pointer: the kind of a word says so."""
+    return words.dtype == types.uint32
+
+
 def _emit(builder, name, *args):
     kind = ir.FunctionType(ir.VoidType(), [a.type for a in args])
     name = f"llvm.x86.{name}"
@@ -50,11 +55,10 @@ def use_tiles(typing_context, words):
     """Make all tiles of this thread as large as they can be, if words are multiplied in tiles."""
 
     def emit(context, builder, signature, args):
-        if words.dtype == types.uint32:
-            rows = [0] * 48 + [SIDE] * _TILES + [0] * (16 - _TILES)
-            sizes = [1, *rows[1:]]
+        if is_tiled(words):
+            sizes = [1] + 63 * [0]  # the palette, and from 16 and 48 on what rows and tiles have
             for tile in range(_TILES):
-                sizes[16 + 2 * tile] = _BYTES
+                sizes[16 + 2 * tile], sizes[48 + tile] = _BYTES, SIDE
             value = ir.Constant(ir.ArrayType(INT8, 64), sizes)
             place = cgutils.global_constant(builder, "tiles", value)
             _emit(builder, "ldtilecfg", builder.bitcast(place, INT8.as_pointer()))
@@ -68,7 +72,7 @@ def release_tiles(typing_context, words):
     """Give them back: a thread with tiles in use has more to save wherever it is interrupted."""
 
     def emit(context, builder, signature, args):
-        if words.dtype == types.uint32:
+        if is_tiled(words):
             _emit(builder, "tilerelease")
         return context.get_dummy_value()
 

@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from tilewise.kernels.numba._amx import multiply_in_tiles
+from tilewise.kernels.numba._amx import is_tiled, multiply_in_tiles
 from tilewise.kernels.numba._lanes import (
     LANES,
     X86,
@@ -216,7 +216,7 @@ def multiply(c, c_stride, a, a_row, a_step, b, b_stride, rows, cols, depth, old)
 
 @overload(multiply, inline="always")
 def _multiply(c, c_stride, a, a_row, a_step, b, b_stride, rows, cols, depth, old):
-    if a.dtype == types.uint32:
+    if is_tiled(a):
         return lambda c, c_stride, a, a_row, a_step, b, b_stride, rows, cols, depth, old: (
             _multiply_tiles(c, c_stride, a, a_row, b, b_stride, rows, cols, depth, old)
         )

@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from tilewise.kernels.numba import _sixteen
-from tilewise.kernels.numba._amx import SIDE
+from tilewise.kernels.numba._amx import SIDE, is_tiled
 from tilewise.kernels.numba._lanes import LANES, constant, has, load_vector
 from tilewise.kernels.numba._matmul import UNIT, once, transpose
 from tilewise.kernels.numba._parallel import INT32, INT64, callee
@@ -40,7 +40,7 @@ def as_kind(typing_context, p, kind):
 
 
 def _holds_pairs(p):
-    return p.dtype in (types.int32, types.uint32)
+    return p.dtype == types.int32 or is_tiled(p)
 
 
 @intrinsic
@@ -53,7 +53,7 @@ def per_word(typing_context, p):
 @intrinsic
 def _per_depth(typing_context, p):
     """Of so many elements of the tile `p` a product is a multiple deep."""
-    count = SIDE if p.dtype == types.uint32 else 1
+    count = SIDE if is_tiled(p) else 1
     return types.int64(p), lambda context, builder, signature, args: INT64(count)
 
 
@@ -87,7 +87,7 @@ def standing(to, to_stride, tile, stride, depth, cols):
 
 @overload(standing, inline="always")
 def _standing(to, to_stride, tile, stride, depth, cols):
-    if tile.dtype == types.uint32:
+    if is_tiled(tile):
 
         def turned(to, to_stride, tile, stride, depth, cols):
             _stand(to, to_stride, tile, stride, depth, cols)

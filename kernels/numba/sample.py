@@ -1,4 +1,5 @@
-"""Sampling on the CPU: rows in parallel, no sort, noise only for tokens that can still win.
+"""Sampling on the CPU: rows in parallel, or parts of few; no sort, noise only for tokens that can
+still win.
 
 A row with penalties, a bias or a mask is written once to the scratch of its task, in fp32 or fp64,
 and from there on is a row like any other.

@@ -134,14 +134,10 @@ def _varied(
     turn: int,
 ) -> Record:
     """A record of the call in which the ints that vary are numbers of their own in each turn."""
-    names = {
-        PROBE + 2 * i + turn: (name, f"option{len(args) + i}")
-        for i, name in enumerate(options)
-        if name in vary
-    }
-    probes = {name: probe for probe, (name, _) in names.items()}
+    written = dict(zip(options, _parameters([*args, *options.values()])[len(args) :], strict=True))
+    probes = {name: PROBE + 2 * i + turn for i, name in enumerate(vary)}
     record = record_call(function, args, options | probes)
-    record.varying = {probe: written for probe, (_, written) in names.items()}
+    record.varying = {probe: written[name] for name, probe in probes.items()}
     return record
 
 

@@ -261,8 +261,11 @@ def seed_and_offset(
     offset = 0 if offset is None else _checked(op, "offset", offset, rows, device)
     if seed is not None:
         return _checked(op, "seed", seed, rows, device), offset
-    drawn = torch.randint(_LAST_SEED, (), device=device, generator=generator)
-    return drawn, offset
+    return _drawn(device, generator), offset
+
+
+def _drawn(device: torch.device, generator: Generator | None) -> Tensor:
+    return torch.randint(_LAST_SEED, (), device=device, generator=generator)
 
 
 def seeded(function: Callable[P, R]) -> Callable[P, R]:
@@ -273,9 +276,7 @@ def seeded(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **options: P.kwargs) -> R:
         if options.get("seed") is None and args and isinstance(args[0], Tensor):
             generator = options.pop("generator", None)
-            options["seed"] = torch.randint(
-                _LAST_SEED, (), device=args[0].device, generator=cast(Any, generator)
-            )
+            options["seed"] = _drawn(args[0].device, cast(Any, generator))
         return function(*args, **options)
 
     return call

@@ -326,7 +326,7 @@ def test_threads_do_not_change_the_draw(backend):
 def test_programs_that_share_a_row_draw_as_one(backend, options, monkeypatch):
     """However many they are, up to more than there are blocks of the row."""
     if backend != "triton":
-        pytest.skip(f"{backend}: one task or program has all of a row")
+        pytest.skip(f"{backend}: shares a row by other parts, which have tests of their own")
     from tilewise.kernels.triton import _gumbel as kernel
 
     logits = torch.stack([row_of_logits(9000, seed) for seed in range(6)])
@@ -363,7 +363,7 @@ def test_vmap_draws_as_the_reference():
 def test_no_token_depends_on_how_its_row_is_shared_out(backend, monkeypatch):
     """One block a row, a cluster of 2 or of 8 that holds it, one that reads it again and again."""
     if backend != "cuda":
-        pytest.skip("cuda: alone has several ways")
+        pytest.skip(f"{backend}: has none of these ways")
     filters = {"temperature": 1.5, "top_k": 900, "top_p": 0.97, "min_p": 1e-3, "backend": backend}
     for vocab, rows in ((4099, 130), (50257, 4)):
         logits = torch.stack([row_of_logits(vocab, seed) for seed in range(rows)])

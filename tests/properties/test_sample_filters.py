@@ -176,7 +176,7 @@ def test_top_k_is_the_stable_sort(backend, k):
 @pytest.mark.parametrize("vocab, k", [(40, 3), (40, 39), (90, 90), (300, 4), (300, 100)])
 def test_pieces_of_a_row_meet_in_rank(backend, vocab, k, monkeypatch):
     if backend != "triton":
-        pytest.skip(f"{backend}: one task or program ranks a row")
+        pytest.skip(f"{backend}: ranks a row in one piece")
     from tilewise.kernels.triton import _top_k as kernel
 
     monkeypatch.setattr(kernel, "PIECE", 16)

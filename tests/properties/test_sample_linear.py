@@ -9,6 +9,7 @@ from sample_cases import (
     assert_drawn_from,
     backends_that,
     enough_or_skip,
+    float64_or_skip,
     likelihoods,
     many,
     row_of_logits,
@@ -32,8 +33,7 @@ def layer(batch, dim, vocab, dtype=torch.float32):
 @pytest.mark.parametrize("batch, dim, vocab", [(1, 8, 151936), (70, 20, 5000), (513, 4, 33)])
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 0.0, 30.0])
 def test_tokens_are_those_of_the_logits(backend, temperature, batch, dim, vocab, dtype):
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("triton: takes no float64")
+    float64_or_skip(backend, dtype)
     if many(backend) < 100:
         if dtype == torch.float16 and temperature != 1:
             pytest.skip("triton: interpreted, too slow for each temperature in each dtype")
