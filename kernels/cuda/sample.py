@@ -1,5 +1,5 @@
-"""Sampling in CUDA C++: a cluster of blocks holds a row, which a draw reads once and never sorts; the
-few that are asked for in rank are."""
+"""Sampling in CUDA C++: a cluster of blocks holds a row, which a draw reads once and never sorts;
+the few that are asked for in rank are."""
 
 import torch
 from torch import Tensor

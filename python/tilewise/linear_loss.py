@@ -159,8 +159,8 @@ def _padded(classes: int) -> int:
 
 
 def _logits_memory(hidden: Tensor, rows: int, classes: int) -> Tensor:
-    """Room for rows of logits, zero behind them: where torch multiplies bf16 with AMX it reads on to
-    a whole tile, and what is not a number there is in the product."""
+    """Room for rows of logits, zero behind them: where torch multiplies bf16 with AMX it reads on
+    to a whole tile, and what is not a number there is in the product."""
     memory = hidden.new_empty(rows, _padded(classes))
     memory[:, classes:] = 0
     return memory
