@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilewise
-from tilewise import plan
+from tilewise import native, plan, plan_source
 from tilewise.op import OPS
 
 if torch.cuda.is_available():
@@ -20,6 +20,30 @@ PLANNED = {
     for name, op in OPS.items()
     if hasattr(getattr(tilewise, name), "plans")
 }  # fmt: skip
+
+
+# Those whose launches a plan can note down; emulated they are slow, and have the small sizes.
+LAUNCHED = ("numba", "cuda") if native.EMULATED and native.missing() is None else ("numba",)
+EMULATED_ELEMENTS = 1 << 12
+
+
+def planned_on(names):
+    return [
+        pytest.param(name, backend, id=f"{name}-{backend}")
+        for backend in LAUNCHED
+        for name in names
+        if backend in OPS[name].backends
+    ]
+
+
+def sizes_of(op, backend):
+    """The op's tensors and options, size by size."""
+    for size in op.sizes:
+        torch.manual_seed(0)
+        tensors, options = op.inputs(**size, device="cpu", dtype=torch.float32)
+        elements = max(t.numel() for t in tensors if t is not None)
+        if backend == "numba" or elements <= EMULATED_ELEMENTS:
+            yield tensors, options
 
 
 class _Seen(TorchDispatchMode):
@@ -78,14 +102,12 @@ def no_plans():
         function.seen.clear()
 
 
-@pytest.mark.parametrize("name", PLANNED)
-def test_a_plan_does_what_the_function_does(name):
+@pytest.mark.parametrize(("name", "backend"), planned_on(PLANNED))
+def test_a_plan_does_what_the_function_does(name, backend):
     op, function = OPS[name], getattr(tilewise, name)
     planned = False
-    for size in op.sizes:
-        torch.manual_seed(0)
-        tensors, options = op.inputs(**size, device="cpu", dtype=torch.float32)
-        with tilewise.backend("numba"):
+    for tensors, options in sizes_of(op, backend):
+        with tilewise.backend(backend):
             for _ in range(2):
                 op.call(*tensors, **options)
             planned |= any(function.plans.values())
@@ -95,6 +117,25 @@ def test_a_plan_does_what_the_function_does(name):
         function.plans.clear()
         function.seen.clear()
     assert planned, "no size has a plan"
+
+
+@pytest.mark.skipif("cuda" not in LAUNCHED, reason="CUDA's kernels are not emulated here")
+def test_on_a_gpu_a_plan_has_its_memory_and_stream(monkeypatch):
+    """As it is written down there, with a CPU in the GPU's place."""
+    asked = []
+    names = {"device": torch.device("cpu"), "stream": lambda i: asked.append(i) or 0}
+    monkeypatch.setattr(
+        plan_source, "_where", lambda device: (", device=device", "stream(3)", names)
+    )
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    with tilewise.backend("cuda", strict=True):
+        (y,) = by_plan(tilewise.layer_norm, x, weight)
+        assert asked == [3]
+        gradients = torch.autograd.grad(y, (x, weight), torch.ones(3, 8))
+        assert asked == [3, 3]
+        expected = as_written(tilewise.layer_norm, x, weight)
+    same((y,), expected)
+    same(gradients, torch.autograd.grad(expected[0], (x, weight), torch.ones(3, 8)))
 
 
 def test_the_third_call_is_by_plan(monkeypatch):

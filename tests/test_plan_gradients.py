@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from test_plan import PLANNED, _Seen, again, by_plan, no_plans, same, tuple_of
+from test_plan import (
+    PLANNED,
+    _Seen,
+    again,
+    by_plan,
+    no_plans,
+    planned_on,
+    same,
+    sizes_of,
+    tuple_of,
+)
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
@@ -72,14 +82,12 @@ def compare(function, tensors, options, incoming):
             assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
 
 
-@pytest.mark.parametrize("name", DIFFERENTIATED)
-def test_a_gradient_by_plan_is_that_of_the_function(name):
+@pytest.mark.parametrize(("name", "backend"), planned_on(DIFFERENTIATED))
+def test_a_gradient_by_plan_is_that_of_the_function(name, backend):
     op, function = OPS[name], getattr(tilewise, name)
     planned = 0
-    for size in op.sizes:
-        torch.manual_seed(0)
-        tensors, options = op.inputs(**size, device="cpu", dtype=torch.float32)
-        with tilewise.backend("numba"):
+    for tensors, options in sizes_of(op, backend):
+        with tilewise.backend(backend):
             for _ in range(2):
                 op.call(*leaves_of(tensors), **options)
             planned += any(function.plans.values())

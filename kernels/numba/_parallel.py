@@ -11,7 +11,7 @@ import os
 from functools import cached_property, lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
-from threading import Lock, local
+from threading import Lock
 
 import llvmlite.binding
 import numba
@@ -25,6 +25,8 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.extending import intrinsic
+
+from tilewise.recorder import recorder
 
 # Everything but nnan and ninf: rows with inf or NaN must come out as the formula says.
 FAST = frozenset({"reassoc", "nsz", "arcp", "contract"})
@@ -269,18 +271,10 @@ def take(typing_context, counter):
     return types.int64(types.int64), emit
 
 
-class _Recording(local):
-    """Where the launches of a thread are noted down, while they are not to be done."""
-
-    launches: list | None = None
-
-
-RECORDING = _Recording()
-
-
 class Kernel:
     """A function of `(task, *args)`; calling it runs every task and returns when all are done."""
 
+    on_stream = False
     _one_at_a_time = Lock()  # Numba's own pool aborts under concurrent callers
 
     def __init__(self, body):
@@ -300,8 +294,8 @@ class Kernel:
 
     def __call__(self, tasks: int, elements: int, *args) -> None:
         """Run tasks 0 to `tasks` - 1, on one thread if they touch few `elements` in all."""
-        if RECORDING.launches is not None:
-            RECORDING.launches.append((self, tasks, elements, args))
+        if (noting := recorder()) is not None:
+            noting.launches.append((self, tasks, elements, args))
             return
         threads = min(torch.get_num_threads(), tasks)
         if elements < SERIAL_BELOW or threads < 2 or _FORKED:

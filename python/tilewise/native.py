@@ -205,6 +205,8 @@ def load() -> ModuleType:
     Raises:
         RuntimeError: If it has to be built and cannot be.
     """
+    from tilewise.recorder import make_notable
+
     with _LOADING:
         if name() not in sys.modules:
             path = str(_built() or build())
@@ -212,6 +214,7 @@ def load() -> ModuleType:
             spec = importlib.util.spec_from_file_location(name(), path, loader=loader)
             module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
             loader.exec_module(module)
+            make_notable(module)
             sys.modules[name()] = module
         sys.modules["tilewise"]._cuda = sys.modules[name()]  # type: ignore[attr-defined]
         return sys.modules[name()]

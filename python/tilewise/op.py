@@ -1,7 +1,6 @@
 """What an op is: one record from which choice, checks, tests, benchmarks and docs are read."""
 
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, profiler
 
 from tilewise import native
+from tilewise.recorder import recorder
 
 Size = Mapping[str, Any]
 Tensors = tuple[Tensor | None, ...]
@@ -193,16 +193,6 @@ def register(
     return _straight(op, run_cpu, run_cuda)
 
 
-class Straight(threading.local):
-    """The backend whose kernels this thread calls straight although it is looked at, by a mode that
-    looks at what they allocate."""
-
-    backend: str | None = None
-
-
-straight = Straight()
-
-
 def _straight(
     op: torch._ops.OpOverload, run_cpu: Callable[..., Any], run_cuda: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -214,7 +204,7 @@ def _straight(
     plain: set[tuple[type, ...]] = set()  # kinds of arguments that are as the schema has them
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or (is_observed() and args[-1] != straight.backend):
+        if torch.compiler.is_compiling() or (is_observed() and not _is_recorded(args[-1])):
             return op(*args)
         kinds = tuple(map(type, args))
         if is_batched(args[0]):
@@ -226,6 +216,12 @@ def _straight(
         return (run_cuda if args[0].is_cuda else run_cpu if args[0].is_cpu else op)(*args)
 
     return call
+
+
+def _is_recorded(backend: str) -> bool:
+    """Whether a mode is looking that notes the launches of this backend's kernels."""
+    noting = recorder()
+    return noting is not None and backend in noting.backends
 
 
 def _count_write(x: Tensor) -> None:

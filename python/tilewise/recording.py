@@ -1,25 +1,22 @@
 """Going through a function with empty tensors, and writing down what it does and not doing it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from ctypes import memset
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tilewise.op import straight
+from tilewise.recorder import Recorder
 
 
 class Unrecorded(Exception):
-    """It does something else than allocate, view and launch kernels of the CPU."""
+    """It does something else than allocate, view and launch kernels of Numba and CUDA C++."""
 
 
 @dataclass
-class Record(TorchDispatchMode):
+class Record(Recorder):
     """Tensors by number, first those that are given; launches of kernels; what is returned.
 
     What is numbered or launched from `forward` on belongs to the backward; there `came` gradients
@@ -35,6 +32,8 @@ class Record(TorchDispatchMode):
     came: int = 0
     gradients: tuple[Tensor | None, ...] = ()
     varying: dict[int, str] = field(default_factory=dict)  # ints that were given, and their names
+
+    backends = frozenset({"cuda", "numba"})
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -52,12 +51,13 @@ class Record(TorchDispatchMode):
         if zeros:
             if out.nbytes != out.untyped_storage().nbytes():
                 raise Unrecorded(op)
-            self.launches.append((_ZERO, 1, out.numel(), (out.data_ptr(), out.nbytes)))
+            self.launches.append((ZERO, 1, out.numel(), (out.data_ptr(), out.nbytes)))
         return out
 
     def stand_in(self, shape: Sequence[int], stride: Sequence[int], like: Tensor) -> Tensor:
         """A tensor that is given."""
-        self.tensors.append(torch.empty_strided(shape, stride, dtype=like.dtype))
+        x = torch.empty_strided(shape, stride, dtype=like.dtype, device=like.device)
+        self.tensors.append(x)
         return self.tensors[-1]
 
     def owner(self, address: int) -> tuple[int, int]:
@@ -87,13 +87,15 @@ _ZEROS = frozenset({_ATEN.zero_, _ATEN.zeros, _ATEN.zeros_like, _ATEN.new_zeros}
 
 
 class _Zero:
-    """A launch that fills memory with zeros, as the kernels' are written down."""
+    """A launch that fills memory of the CPU with zeros, as the kernels' are written down."""
+
+    on_stream = False
 
     def launcher(self, tasks: int, elements: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (_fill_with_zeros,)
 
 
-_ZERO = _Zero()
+ZERO = _Zero()
 
 
 def _fill_with_zeros(args: tuple[int, int]) -> None:
@@ -104,18 +106,6 @@ def _is_view(op: Any) -> bool:
     """Whether all that it returns is memory of its arguments, which it does not write to."""
     returned = [r.alias_info for r in op._schema.returns]
     return bool(returned) and all(a is not None and not a.is_write for a in returned)
-
-
-@contextmanager
-def _recorded(record: Record) -> Iterator[None]:
-    """Note down the launches of Numba's kernels, and let other backends' be seen by the mode."""
-    recording = import_module("tilewise.kernels.numba._parallel").RECORDING
-    recording.launches, straight.backend = record.launches, "numba"
-    try:
-        with record:
-            yield
-    finally:
-        recording.launches, straight.backend = None, None
 
 
 def record_call(
@@ -140,7 +130,7 @@ def record_call(
 
     args, options = [stand_in(a) for a in args], {n: stand_in(a) for n, a in options.items()}
     record.given = len(leaves)
-    with torch.set_grad_enabled(incoming is not None), _recorded(record):
+    with torch.set_grad_enabled(incoming is not None), record:
         results = function(*args, **options)
     record.several = isinstance(results, tuple)
     record.results = results if record.several else (results,)
@@ -158,7 +148,7 @@ def _go_back(record: Record, leaves: Sequence[Tensor], incoming: Sequence[Any]) 
     given = [record.stand_in(y.shape, stride, y) for y, stride in pairs]
     record.came = len(given)
     wanted = [x for x in leaves if x.requires_grad]
-    with _recorded(record):
+    with record:
         found = iter(torch.autograd.grad([y for y, _ in pairs], wanted, given, allow_unused=True))
     record.gradients = tuple(next(found) if x.requires_grad else None for x in leaves)
 
