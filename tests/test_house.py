@@ -43,7 +43,7 @@ FLOORS = [
     {"models"},
     {"verify"},
     {"check"},
-    {"clock", "machine"},
+    {"clock", "libraries", "machine"},
     {"bench", "report"},
     {"cli"},
     {"__main__"},

@@ -1,7 +1,8 @@
 """How fast is a backend? Every workload of every op beside PyTorch, from the declarations.
 
 Green first: a backend that fails the rule of `tilewise.check` is reported and not timed. PyTorch's
-own rounding is not ours to judge: a peer that fails it is reported too, and timed all the same.
+own rounding is not ours to judge, nor that of the `libraries` that are timed on a GPU: a peer that
+fails the rule is reported too, and timed all the same.
 """
 
 import time
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilewise import libraries
 from tilewise.check import Result, Standard, gradient_inputs, outputs_and_grads, standard_of
 from tilewise.choice import refusal
 from tilewise.clock import Call, Roof, fair_clock, interleaved, measure_roof, peak_bytes, summary
 from tilewise.op import Op, Size, Tensors, stand_in
 
 DIRECTIONS = ("forward", "forward+backward")
-PEERS = ("reference", "torch", "torch.compile")
+PEERS = ("reference", "torch", "torch.compile", *libraries.MODULES)
 
 # What is timed unless a dtype is asked for, the most important first.
 DTYPES = {
@@ -220,7 +222,8 @@ def _measure(
         yield Untimed(provider="reference", direction="both", reason=_line(error), **place)
         return
     calls, absent = providers(op, tensors, options, threads, backend, compiled)
-    verdicts = {name: judge(op, call, tensors, options, standard) for name, call in calls.items()}
+    own = {name: _copies(tensors) if name in libraries.MODULES else tensors for name in calls}
+    verdicts = {name: judge(op, calls[name], own[name], options, standard) for name in calls}
     for name, reason in absent.items():
         yield Untimed(provider=name, direction="both", reason=reason, **place)
 
@@ -231,7 +234,7 @@ def _measure(
             if reason:
                 yield Untimed(provider=name, direction=direction, reason=reason, **place)
         green = [name for name, verdict in verdicts.items() if worth_timing(name, verdict[index])]
-        timed = {name: thunk(op, calls[name], tensors, options, direction) for name in green}
+        timed = {name: thunk(op, calls[name], own[name], options, direction) for name in green}
         cost: dict[str, Any] = cost_of(op, tensors, options, standard, direction)
         cold = device == "cuda" and op.flops is None
         for name, figures in _timed(timed, device, seconds_each, cold).items():
@@ -239,6 +242,11 @@ def _measure(
             yield Row(
                 provider=name, direction=direction, error=largest, **place, **cost, **figures
             )  # fmt: skip
+
+
+def _copies(tensors: Tensors) -> Tensors:
+    """For those who write over what they are given."""
+    return tuple(None if t is None else t.clone() for t in tensors)
 
 
 def _timed(
@@ -275,6 +283,9 @@ def providers(
         calls["torch.compile"] = torch.compile(
             op.reference, dynamic=False, options={"cpp.threads": threads}
         )
+    if tensors[op.leading].is_cuda:  # type: ignore[union-attr]
+        there, absent = libraries.calls(op.name)
+        calls |= there
     for name, candidate in op.backends.items():
         if backend not in (None, name):
             continue
@@ -296,7 +307,7 @@ class Verdict:
 
 
 def worth_timing(provider: str, verdict: Verdict) -> bool:
-    """Whether it is right, or PyTorch's own and at least of the right order."""
+    """Whether it is right, or a peer and at least of the right order."""
     return not verdict.reason or (provider in PEERS and verdict.error < float("inf"))
 
 
