@@ -7,7 +7,7 @@ import torch
 from test_models import DECODERS, decoder, encoder_decoder, kept_of, tokens_of
 from yardsticks import assert_right, nudged_copy
 
-from tilewise.models import generate, translate
+from tilewise.models import blocks, generate, translate
 
 pytestmark = pytest.mark.usefixtures("on_the_device")
 
@@ -41,6 +41,44 @@ def test_decoder_with_a_cache(options):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("piece", [1, 2, 20], ids="by {}".format)
+@pytest.mark.parametrize("options", DECODERS.values(), ids=DECODERS)
+def test_sequences_of_different_lengths(options, piece, monkeypatch):
+    """Whether a kernel reads the cache, or a mask is made of the lengths."""
+    stale = torch.nan  # what is forgotten is never read
+    if piece == 20:
+        monkeypatch.setattr(blocks, "can_decode", lambda q, cache: False)
+        piece, stale = 3, 1e3  # or has no weight
+    model, lengths = perturbed(decoder(**options)), [7, 1, 12]
+    tokens, start = tokens_of(1, 3, 24), torch.tensor(lengths)
+    cache = model.make_cache(3)
+    model(tokens[:, :12], cache=cache)
+    for layer in cache:
+        layer.keep(start)
+        for row, length in enumerate(lengths):
+            layer.keys[row, :, length:] = layer.values[row, :, length:] = stale
+    rows = torch.arange(3)[:, None]
+    places = start[:, None] + torch.arange(12)
+    pieces = [model(p, cache=cache) for p in tokens[rows, places].split(piece, 1)]
+    assert [layer.lengths.tolist() for layer in cache] == [[19, 13, 24]] * model.config.layers
+    assert (cache[0].length, cache[0].shortest) == (24, 13)
+    assert_same_logits(model, torch.cat(pieces, 1), lambda m: m(tokens)[rows, places])
+
+
+@torch.no_grad()
+def test_a_sequence_that_has_no_room_leaves_the_others_alone():
+    model, tokens = perturbed(decoder()), tokens_of(1, 2, 24)
+    cache, start = model.make_cache(2), torch.tensor([23, 4])
+    model(tokens[:, :23], cache=cache)
+    for layer in cache:
+        layer.keep(start)
+    for step in range(20):
+        logits = model(tokens[[0, 1], [23, 4 + step]][:, None], cache=cache)
+    assert_same_logits(model, logits[1], lambda m: m(tokens[1:])[0, -1:])
+    assert cache[0].lengths.tolist() == [24, 24]
+
+
+@torch.no_grad()
 def test_encoder_decoder_with_a_cache():
     model = perturbed(encoder_decoder())
     source, tokens, mask = tokens_of(1, 3, 17), tokens_of(2, 3, 20), kept_of(17, 9, 4, seq=17)
@@ -62,6 +100,42 @@ def test_greedy_is_the_argmax_of_the_whole_sequence():
     model, prompt = perturbed(decoder(kv_heads=2)), tokens_of(1, 3, 5)
     sequence = torch.cat([prompt, written(generate(model, prompt, max_tokens=12, **GREEDY))], 1)
     assert torch.equal(model(sequence).argmax(-1)[:, 4:-1], sequence[:, 5:])
+
+
+def test_prompts_of_different_lengths_are_continued_as_if_alone():
+    model, prompt = perturbed(decoder(kv_heads=2)), tokens_of(1, 4, 9)
+    lengths = torch.tensor([3, 9, 1, 7])
+    options = {
+        "temperature": torch.tensor([0.0, 1.0, 2.0, 0.7]),
+        "frequency_penalty": torch.tensor([0.5, 0.0, 2.0, -0.5]),
+        "seed": torch.tensor([1, 2, 3, 2**40]),
+    }
+    together = written(
+        generate(model, prompt, max_tokens=99, prompt_lengths=lengths, stop_token=5, **options)
+    )
+    unstopped = written(generate(model, prompt, max_tokens=99, prompt_lengths=lengths, **options))
+    for i, length in enumerate(lengths.tolist()):
+        mine = {name: value[i : i + 1] for name, value in options.items()}
+        alone = prompt[i : i + 1, :length]
+        free = written(generate(model, alone, max_tokens=99, **mine))[0]
+        assert len(free) == 25 - length
+        assert unstopped[i].tolist() == free.tolist() + [-1] * (24 - len(free))
+        ended = written(generate(model, alone, max_tokens=99, stop_token=5, **mine))[0].tolist()
+        assert together[i].tolist() == ended + [5] * (together.shape[1] - len(ended))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "sentence"),
+    [
+        ([1, 2], ValueError, r"\[batch\] = \[3\], got \[2\]"),
+        ([1, 0, 2], ValueError, r"from 1 to 5, got \[1, 0, 2\]"),
+        ([1, 6, 2], ValueError, r"from 1 to 5, got \[1, 6, 2\]"),
+        ([1.0, 1.0, 2.0], TypeError, "torch.int64, got torch.float32"),
+    ],
+)
+def test_lengths_that_are_none_are_refused(lengths, error, sentence):
+    with pytest.raises(error, match=f"^generate: prompt_lengths must be {sentence}$"):
+        generate(decoder(), tokens_of(1, 3, 5), max_tokens=2, prompt_lengths=torch.tensor(lengths))
 
 
 def test_translation_is_the_argmax_of_the_whole_sequence():

@@ -8,7 +8,7 @@ from test_generation import perturbed, written
 from test_models import VOCAB, decoder, tokens_of
 
 import tilewise
-from tilewise.models import Request, complete, generate
+from tilewise.models import Request, complete, generate, requests
 from tilewise.models import text as texts
 from tilewise.nn import LogitsFilter, LogitsSampler, SampledGeneration, Sampler
 
@@ -91,6 +91,39 @@ def test_requests_are_completed_as_if_alone():
     prompt = torch.tensor([texts.encode(tokenizer, "the cat")])
     greedy = [int(t) for t in generate(model, prompt, max_tokens=6, temperature=0.0)]
     assert together[0] == "".join(texts.stream_text(tokenizer, greedy))
+
+
+def test_prompts_of_all_lengths_are_drawn_together(monkeypatch):
+    model, tokenizer = story()
+    batches = []
+
+    def counted(model, tokens, **options):
+        batches.append(tokens.shape)
+        return generate(model, tokens, **options)
+
+    monkeypatch.setattr(requests, "generate", counted)
+    asked = [Request("cat " * 5, max_tokens=3, seed=8), *REQUESTS]
+    whole = completed(model, tokenizer, asked)
+    longest = max(len(texts.encode(tokenizer, r.prompt)) for r in asked)
+    assert batches == [(7, longest)]
+    batches.clear()
+    pieces = ["" for _ in asked]
+    for number, piece in complete(model, tokenizer, asked, together=4):
+        pieces[number] += piece
+    assert pieces == whole
+    assert [rows for rows, _ in batches] == [4, 3] and batches[0][1] < batches[1][1] == longest
+    with pytest.raises(ValueError, match=r"^complete: together must be at least 1, got 0$"):
+        list(complete(model, tokenizer, asked, together=0))
+
+
+def test_a_full_context_ends_one_request_and_not_the_others():
+    model, tokenizer = story()
+    options = {"max_tokens": 99, "temperature": 3.0, "stop": ("not to be found",)}
+    prompts = ["the", "the cat sat on the mat the cat the mat on", "cat " * 5]
+    asked = [Request(p, seed=i, **options) for i, p in enumerate(prompts)]
+    together = completed(model, tokenizer, asked)
+    assert together == [completed(model, tokenizer, [r])[0] for r in asked]
+    assert len({len(texts.encode(tokenizer, p)) for p in prompts}) == 3
 
 
 def test_a_request_ends_before_a_text():

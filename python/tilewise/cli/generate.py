@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from io import TextIOWrapper
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,7 +151,7 @@ def _begin(args: argparse.Namespace) -> tuple[Checkpoint, Iterator[Tensor]]:
     return checkpoint, drawn
 
 
-def _penalties(args: argparse.Namespace) -> dict[str, float]:
+def _penalties(args: argparse.Namespace) -> dict[str, Any]:
     names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 

@@ -1,6 +1,6 @@
 """Reference transformers, assembled from the ops."""
 
-from tilewise.models.blocks import KVCache
+from tilewise.models.cache import KVCache
 from tilewise.models.decoder import Decoder, DecoderConfig
 from tilewise.models.encoder import Classifier, Encoder, EncoderConfig, MaskedLanguageModel
 from tilewise.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig

@@ -1,10 +1,9 @@
-"""What the reference transformers are made of: attention, feed-forward, norms, the cache.
+"""What the reference transformers are made of: attention, feed-forward, norms.
 
 Each block is written to be read beside its formula; the ops of tilewise do the work in between.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,49 +11,12 @@ from torch import Tensor, nn
 import tilewise.nn
 from tilewise.choice import choose
 from tilewise.heads.cache import LONGEST
+from tilewise.models.cache import KVCache
 from tilewise.op import needs_gradient
 from tilewise.ops.attention import attention
 from tilewise.ops.attention_decode import DECODE, attention_decode
 
 NORMS = ("rms_norm", "layer_norm")
-
-
-@dataclass
-class KVCache:
-    """The keys and values of one layer, for the positions seen so far, in memory taken once.
-
-    Attributes:
-        keys: `[batch, kv_heads, capacity, head_dim]`, written up to `length`.
-        values: The same.
-        length: How many positions have been seen.
-        lengths: The same for each sequence, `[batch]`, int32, on the device of the keys.
-    """
-
-    keys: Tensor
-    values: Tensor
-    length: int = 0
-    lengths: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        batch = self.keys.shape[:1]
-        self.lengths = self.keys.new_full(batch, self.length, dtype=torch.int32)
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the next positions, and return those of all positions so far, as views."""
-        start, self.length = self.length, self.length + keys.shape[2]
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
-        self.lengths.fill_(self.length)
-        return self.seen()
-
-    def seen(self) -> tuple[Tensor, Tensor]:
-        """The keys and values of all positions so far, as views."""
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-
-def make_caches(like: Tensor, count: int, *shape: int) -> list[KVCache]:
-    """Take the room for `count` layers, zeros of `shape` in the dtype and on the device given."""
-    return [KVCache(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(count)]
 
 
 class Attention(nn.Module):
@@ -101,18 +63,24 @@ class Attention(nn.Module):
             `[batch, seq, dim]`.
         """
         q = _split(self.query(x), self.heads)
+        positions = None if cache is None else cache.positions(x.shape[1])
         if memory is not None and cache is not None and cache.length:
             k, v = cache.seen()
         else:
             memory = x if memory is None else memory
             k = _split(self.key(memory), self.kv_heads)
             v = _split(self.value(memory), self.kv_heads)
-            if rotary is not None:
+            if rotary is not None and positions is not None:
+                q, k = rotary(q, k, position_ids=positions)
+            elif rotary is not None:
                 q, k = rotary(q, k, offset=cache.length if cache else 0)
             if cache is not None:
                 k, v = cache.append(k, v)
         if cache is not None and causal and mask is None and can_decode(q, cache):
             read = attention_decode(q, cache.keys, cache.values, cache.lengths)
+        elif causal and positions is not None:
+            there = torch.arange(k.shape[2], device=k.device) <= positions[:, None, :, None]
+            read = attention(q, k, v, mask=there if mask is None else there & mask)
         else:
             read = attention(q, k, v, mask=mask, causal=causal)
         y: Tensor = self.output(read.transpose(1, 2).flatten(2))

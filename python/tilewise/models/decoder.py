@@ -16,13 +16,12 @@ from tilewise.models.blocks import (
     NORMS,
     Attention,
     FeedForward,
-    KVCache,
     default_hidden,
     initialise,
     make_add_norm,
-    make_caches,
     make_norm,
 )
+from tilewise.models.cache import KVCache, make_caches
 from tilewise.models.refusals import (
     require_continuation,
     require_counts,
@@ -138,6 +137,8 @@ class Decoder(nn.Module):
         Args:
             tokens: `[batch, seq]`, int64.
             cache: From `make_cache`: the tokens continue those it has seen, and are added to it.
+                Of sequences of different lengths it is told by its `keep`; tokens of one that has
+                no room are lost, and give NaN.
 
         Returns:
             `[batch, seq, vocab_size]`.
@@ -169,19 +170,22 @@ class Decoder(nn.Module):
         """What the head reads: `[batch, seq, dim]`. The arguments are those of `forward`."""
         first = cache[0] if cache else None
         require_continuation("decoder", tokens, self.config.context, first)
-        x = self._embed(tokens, first.length if first else 0)
+        x = self._embed(tokens, first)
         branch = None  # what is added, together with the norm that follows
         for i, block in enumerate(self.blocks):
             branch, x = block(branch, x, self.rotary, cache[i] if cache else None)
         y: Tensor = self.norm(branch, x)[0]
         return y
 
-    def _embed(self, tokens: Tensor, start: int) -> Tensor:
+    def _embed(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
         dropout_p = self.config.dropout if self.training else 0.0
         places: tuple[Tensor | None, ...] = ()
         if self.positions is not None:
-            table = self.positions.weight
-            places = None, table[start:] if start else table
+            table, positions = self.positions.weight, None
+            if cache is not None and cache.length:
+                positions = cache.positions(tokens.shape[1])
+                table = table if positions is not None else table[cache.length :]
+            places = positions, table
         return embed(tokens, self.embedding.weight, *places, dropout_p=dropout_p)
 
     def make_cache(self, batch: int, capacity: int | None = None) -> list[KVCache]:

@@ -13,12 +13,11 @@ from tilewise.models.blocks import (
     Attention,
     EncoderBlock,
     FeedForward,
-    KVCache,
     add_and_norm,
     initialise,
-    make_caches,
     padding_mask,
 )
+from tilewise.models.cache import KVCache, make_caches
 from tilewise.models.refusals import (
     require_batch,
     require_continuation,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tilewise.models.blocks import KVCache
+from tilewise.models.cache import KVCache
 
 
 def require_counts(model: str, **counts: int | None) -> None:
@@ -66,8 +66,8 @@ def require_continuation(model: str, tokens: Tensor, context: int, cache: KVCach
     if cache is None:
         require_tokens(model, "tokens", tokens, context)
         return
-    capacity = min(context, cache.keys.shape[2])
-    require_tokens(model, "tokens", tokens, capacity - cache.length)
+    capacity = min(context, cache.capacity)
+    require_tokens(model, "tokens", tokens, capacity - cache.shortest)
     require_batch(model, tokens, "cache", cache.keys)
 
 

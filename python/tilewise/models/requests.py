@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tilewise.models.decoder import Decoder
 from tilewise.models.generation import generate
@@ -44,26 +45,31 @@ class Request:
 
 
 def complete(
-    model: Decoder, tokenizer: Tokenizer, requests: Sequence[Request]
+    model: Decoder, tokenizer: Tokenizer, requests: Sequence[Request], *, together: int = 32
 ) -> Iterator[tuple[int, str]]:
     """Continue texts, yielding each piece as soon as it is sure, with the number of its request.
 
-    Requests whose prompts have the same number of tokens are drawn together, the shortest first.
+    Those with the shortest prompts come first.
 
     Args:
         model: A decoder.
         tokenizer: That it was trained with.
         requests: What to continue.
+        together: How many are drawn at a time, at most: each of them has room in the cache.
 
     Returns:
         An iterator of (number, piece). The pieces of a number, joined, are its continuation.
 
     Raises:
-        ValueError: As `generate` and `tilewise.sample`, before the first piece of its batch.
+        ValueError: If `together` is below 1; as `generate` and `tilewise.sample`, before the first
+            piece of its batch.
     """
+    if together < 1:
+        raise ValueError(f"complete: together must be at least 1, got {together}")
     prompts = [encode(tokenizer, request.prompt) or [end_token(tokenizer)] for request in requests]
-    for length in sorted(set(map(len, prompts))):
-        numbers = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+    order = sorted(range(len(requests)), key=lambda i: len(prompts[i]))
+    for begin in range(0, len(order), together):
+        numbers = order[begin : begin + together]
         batch = [requests[i] for i in numbers]
         tokens = [prompts[i] for i in numbers]
         for place, piece in _complete_batch(model, tokenizer, batch, tokens):
@@ -78,9 +84,11 @@ def _complete_batch(
     for writer in writers:
         next(writer)
     going = [request.max_tokens > 0 for request in requests]
+    rows = [torch.tensor(prompt, device=device) for prompt in prompts]
     drawn = generate(
         model,
-        torch.tensor(prompts, device=device),
+        pad_sequence(rows, batch_first=True),
+        prompt_lengths=torch.tensor([len(row) for row in rows], device=device),
         max_tokens=max(request.max_tokens for request in requests),
         **_options(requests, model.config.vocab_size, device),
     )
@@ -89,17 +97,17 @@ def _complete_batch(
             if not going[i]:
                 continue
             try:
-                piece = writers[i].send(token)
+                piece = "" if token < 0 else writers[i].send(token)
             except StopIteration as over:
                 piece, going[i] = over.value, False
             else:
-                if step == requests[i].max_tokens:
+                if step == requests[i].max_tokens or token < 0:  # -1: the context is full
                     piece, going[i] = piece + last_piece(writers[i]), False
             if piece:
                 yield i, piece
         if not any(going):
             return
-    for i, writer in enumerate(writers):  # the context is full
+    for i, writer in enumerate(writers):  # the context of the shortest is full
         if going[i] and (piece := last_piece(writer)):
             yield i, piece
 
