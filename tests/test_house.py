@@ -53,6 +53,7 @@ APART = {"ops"}
 FAMILIES = {
     "add_layer_norm": "layer_norm",
     "add_rms_norm": "rms_norm",
+    "append_kv_": "attention",
     "attention_decode": "attention",
     "attention_decode_with_lse": "attention",
     "attention_varlen": "attention",

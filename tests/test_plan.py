@@ -311,6 +311,24 @@ def test_the_numbers_of_tokens_are_not_in_a_plan():
     assert len(tilewise.attention_decode.plans) == 1
 
 
+@pytest.mark.parametrize("backend", LAUNCHED)
+def test_autograd_sees_what_a_plan_writes_over(backend):
+    k, lengths = torch.randn(1, 2, 1, 16).bfloat16(), torch.tensor([3], dtype=torch.int32)
+    caches = [torch.zeros(1, 2, 8, 16).bfloat16() for _ in range(2)]
+    with tilewise.backend(backend, strict=True):
+        for call in range(1, 5):
+            versions = [x._version for x in (*caches, k)]
+            tilewise.append_kv_(*caches, call * k, k, lengths)
+            assert [x._version for x in (*caches, k)] == [versions[0] + 1, versions[1] + 1, 0]
+            assert torch.equal(caches[0][:, :, 3:4], call * k)
+        assert list(map(bool, tilewise.append_kv_.plans.values())) == [True]
+    with torch.inference_mode():
+        caches = [x.clone() for x in caches]
+        for _ in range(3):
+            tilewise.append_kv_(*caches, k, k, lengths, backend=backend)
+    assert torch.equal(caches[0][:, :, 3:4], k)
+
+
 def test_what_writes_to_what_a_kernel_wrote_has_no_plan():
     function = plan.planned(lambda x: tilewise.gelu(x).add_(1))
     x = torch.randn(4, 8)

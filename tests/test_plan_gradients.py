@@ -24,7 +24,8 @@ __all__ = ["no_plans"]
 
 # They do more than launch kernels: sum up parts, make tables of a gradient, or copy.
 WITHOUT = {"embed", "dropout_add", "qk_norm_rotary", "rotary"}
-DIFFERENTIATED = [n for n in PLANNED if not n.startswith(("sample", "attention_decode"))]
+WITHOUT_GRADIENT = ("sample", "attention_decode", "append_kv_")
+DIFFERENTIATED = [n for n in PLANNED if not n.startswith(WITHOUT_GRADIENT)]
 
 
 def leaves_of(tensors):

@@ -177,13 +177,13 @@ def register(
     def run_cpu(*args: Any) -> Any:
         kernel = kernels.get(args[-1]) or find(args[-1], "cpu")
         for i in written:
-            _count_write(args[i])
+            count_write(args[i])
         return kernel(*args[:-1])
 
     def run_cuda(*args: Any) -> Any:
         kernel = kernels.get(args[-1]) or find(args[-1], "cuda")
         for i in written:
-            _count_write(args[i])
+            count_write(args[i])
         with torch.cuda.device(args[0].device):
             return kernel(*args[:-1])
 
@@ -224,9 +224,11 @@ def _is_recorded(backend: str) -> bool:
     return noting is not None and backend in noting.backends
 
 
-def _count_write(x: Tensor) -> None:
+def count_write(x: Tensor) -> None:
     """So that autograd sees when what it has saved is written over; it counts its own ops only."""
-    if not x.is_inference():
+    if (noting := recorder()) is not None:
+        noting.writes.append(x)
+    elif not x.is_inference():
         torch.autograd.graph.increment_version(x)
 
 

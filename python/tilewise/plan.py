@@ -127,6 +127,7 @@ def _plan_of(
             return None if vary else _Differentiated(function, args, options).plan()
         first, second = (_varied(function, args, options, vary, turn) for turn in range(2))
         source, returned = forward_source(first, second)
+        source.count_writes()
         source.lines.append(f"return {source.listed(returned, first.several)}")
         return source.function(parameters_of([*args, *options.values()]))
     except Unrecorded:
@@ -164,6 +165,8 @@ class _Differentiated:
         self.parameters = parameters_of(arguments)
         self.options = [None if isinstance(x, Tensor) else x for x in arguments]
         first, second = self.records([x for x in arguments if isinstance(x, Tensor)], ())
+        if first.writes:
+            raise Unrecorded
         self.given = range(first.given)
         needed = backward_source(first, second)[0].used
         unneeded = {*self.given} - needed

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tilewise.op import count_write
 from tilewise.recording import ZERO, Record, Unrecorded
 
 Plan = Callable[..., Any]
@@ -99,6 +100,15 @@ class Source:
         if kernel.on_stream:
             return f"launch{i}({written[1:-1]}{self.stream})"
         return f"launch{i}(" + ", ".join([*map(str, leading), written]) + ")"
+
+    def count_writes(self) -> None:
+        """As the op does, so that autograd sees what of the given is written over."""
+        self.scope["count_write"] = count_write
+        for x in self.first.writes:
+            number, _ = self.first.owner(x.data_ptr())
+            if number >= self.first.given:
+                raise Unrecorded
+            self.lines.append(f"count_write(x{number})")
 
     def listed(self, numbers: Sequence[int | None], several: bool = True) -> str:
         names = ("None" if i is None else f"x{i}" for i in numbers)

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Arguments = tuple[Any, ...]
@@ -15,10 +16,12 @@ Arguments = tuple[Any, ...]
 
 class Recorder(TorchDispatchMode):
     """A mode under which no kernel of `backends` runs: what was to be launched is in `launches`, as
-    the launcher, the number of tasks, that of elements they touch, and the arguments."""
+    the launcher, the number of tasks, that of elements they touch, and the arguments; what is given
+    and written to is in `writes`."""
 
     backends: frozenset[str] = frozenset()
     launches: list[tuple[Any, int, int, Arguments]]
+    writes: list[Tensor]
 
 
 def recorder() -> Recorder | None:

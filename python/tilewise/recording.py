@@ -25,6 +25,7 @@ class Record(Recorder):
 
     tensors: list[Tensor] = field(default_factory=list)
     launches: list[tuple[Any, ...]] = field(default_factory=list)
+    writes: list[Tensor] = field(default_factory=list)
     results: tuple[Tensor, ...] = ()
     several: bool = False
     given: int = 0

@@ -163,7 +163,9 @@ def append_(
         "append_kv_", k_cache, v_cache, k, v, seq_lens_before, block_table, cos, sin, check_inputs
     )
     chosen = choose(op, backend, k, k_cache, v_cache, seq_lens_before)
-    if chosen == "reference" or transforming() or 0 in (k.numel(), v.numel(), k_cache.numel()):
+    if 0 in (k.numel(), k_cache.numel()):  # nothing to write, or nowhere
+        return
+    if chosen == "reference" or transforming() or v.numel() == 0:
         append_reference_(
             k_cache, v_cache, k, v, seq_lens_before, block_table=block_table, cos=cos, sin=sin,
             interleaved=interleaved,

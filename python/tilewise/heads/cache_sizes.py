@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tilewise.op import Inputs, Size
+from tilewise.rotation import rotary_tables
 
 
 def cache_inputs(
@@ -83,6 +84,58 @@ CACHE_LSE_SIZES: list[Size] = [
 CACHE_WORKLOADS: list[Size] = [
     {"lengths": (n,), "heads": 32, "kv_heads": 8, "dim": 128, "capacity": n} for n in (4096, 16384)
 ]
+
+
+def append_inputs(
+    lengths: tuple[int, ...],
+    heads: int,
+    dim: int,
+    new: int = 1,
+    batch: int = 1,
+    rotary_dim: int | None = None,
+    v_dim: int | None = None,
+    page_size: int | None = None,
+    capacity: int | None = None,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    **options: Any,
+) -> Inputs:
+    """`lengths`, so often, include the `new` tokens: k, the caches, what was there before, v, cos
+    and sin."""
+    lengths = lengths * batch
+    (_, k_cache, v_cache, seq_lens, _), paged = cache_inputs(
+        lengths, heads, heads, dim, new, v_dim, page_size, capacity, device=device, dtype=dtype
+    )
+    assert v_cache is not None and seq_lens is not None
+    shape = len(lengths), heads, new
+    k, v = (torch.randn(*shape, n, device=device, dtype=dtype) for n in (dim, v_cache.shape[3]))
+    tables: tuple[Tensor | None, ...] = None, None
+    if rotary_dim is not None:
+        positions = max(lengths, default=0) + 1
+        tables = rotary_tables(positions, rotary_dim, device=device, dtype=dtype)
+    return (k, k_cache, v_cache, seq_lens - new, v, *tables), options | paged
+
+
+APPEND_SIZES: list[Size] = [
+    {"lengths": (5, 2), "heads": 2, "dim": 16, "rotary_dim": 16},
+    {"lengths": (5, 9), "heads": 1, "dim": 5, "v_dim": 3, "page_size": 4, "new": 2},
+    {"lengths": (), "heads": 2, "dim": 16, "rotary_dim": 8},
+    {"lengths": (40, 7, 31), "heads": 2, "dim": 64, "rotary_dim": 32, "new": 5, "page_size": 16},
+    {"lengths": (9, 30), "heads": 3, "dim": 40, "rotary_dim": 22, "new": 8, "interleaved": True},
+    {"lengths": (300,), "heads": 8, "dim": 128, "rotary_dim": 128, "page_size": 64},
+]
+APPEND_WORKLOADS: list[Size] = [
+    {"lengths": (4096,), "batch": batch, "heads": 8, "dim": 128, "rotary_dim": 128, "page_size": 16}
+    for batch in (1, 64)
+]
+
+
+def append_bytes_moved(
+    k: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any, **options: Any
+) -> int:
+    """Of new keys and values, read and written."""
+    return 2 * k.nbytes // max(k.shape[-1], 1) * (k_cache.shape[3] + v_cache.shape[3])
 
 
 def cache_bytes_moved(

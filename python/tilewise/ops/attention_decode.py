@@ -2,6 +2,7 @@
 https://arxiv.org/abs/2309.06180; split over its keys as in Flash-Decoding, Dao et al., 2023), and
 what appends to that cache."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,13 @@ from torch import Tensor
 from tilewise.heads.cache import decoded
 from tilewise.heads.cache_launch import CACHE_BACKENDS, append_, decode
 from tilewise.heads.cache_sizes import (
+    APPEND_SIZES,
+    APPEND_WORKLOADS,
     CACHE_LSE_SIZES,
     CACHE_SIZES,
     CACHE_WORKLOADS,
+    append_bytes_moved,
+    append_inputs,
     cache_bytes_moved,
     cache_flops,
     cache_inputs,
@@ -136,6 +141,7 @@ def attention_decode_with_lse(
     )  # fmt: skip
 
 
+@planned
 def append_kv_(
     k_cache: Tensor,
     v_cache: Tensor,
@@ -178,7 +184,7 @@ def append_kv_(
         RuntimeError: If the devices differ, or `backend` is absent or runs on another device.
     """
     append_(
-        DECODE, k_cache, v_cache, k, v, seq_lens_before, block_table=block_table, cos=cos, sin=sin,
+        APPEND, k_cache, v_cache, k, v, seq_lens_before, block_table=block_table, cos=cos, sin=sin,
         interleaved=interleaved, check_inputs=check_inputs, backend=backend,
     )  # fmt: skip
 
@@ -193,6 +199,22 @@ def attention_decode_reference(
 ) -> Tensor:
     """The formula of `attention_decode`, in plain PyTorch."""
     return decoded(q, k_cache, v_cache, seq_lens, sinks, **options)[0]
+
+
+def _appended(
+    k: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seq_lens_before: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Copies of the caches, to which `append_kv_` has appended."""
+    caches = k_cache.clone(), v_cache.clone()
+    append_kv_(*caches, k, v, seq_lens_before, cos=cos, sin=sin, **options)
+    return caches
 
 
 def _native(
@@ -232,5 +254,18 @@ DECODE_WITH_LSE = declare(
         bytes_moved=cache_bytes_moved,
         flops=cache_flops,
         constants=_CONSTANTS,
+    )
+)
+APPEND = declare(
+    Op(
+        name="append_kv_",
+        call=_appended,
+        reference=partial(_appended, backend="reference"),
+        backends=CACHE_BACKENDS,
+        inputs=append_inputs,
+        sizes=APPEND_SIZES,
+        workloads=APPEND_WORKLOADS,
+        bytes_moved=append_bytes_moved,
+        constants=frozenset(range(7)),
     )
 )
