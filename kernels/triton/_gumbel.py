@@ -1,8 +1,9 @@
 """The Gumbel-max rule on the GPU: a program a row, or for few rows several, whose winners meet.
 
-Of top-p the draw comes first: where the mass before the token is short of the goal, it is one of
-those left, and so the winner among them. Only elsewhere the place of the goal is searched, and the
-draw repeated before it. The scores are the same numbers however a row is cut.
+What a small top-k leaves is on a list, of which it is drawn. Of top-p in a row that one program has
+the draw comes first: where the mass before the token is short of the goal, it is one of those left,
+and so the winner among them. Only elsewhere the place of the goal is searched, and the draw
+repeated before it. The scores are the same numbers however a row is cut or shared out.
 """
 
 import torch
@@ -11,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tilewise.kernels.triton._options import filters_of, option, strides
-from tilewise.kernels.triton._philox import philox_words, uniform
+from tilewise.kernels.triton._parts import find_tops, part_of, parts_of, top_of_parts
+from tilewise.kernels.triton._philox import philox, philox_words, uniform
 from tilewise.kernels.triton._ranks import (
     DIGITS,
     cut,
@@ -28,11 +30,24 @@ from tilewise.kernels.triton._ranks import (
     winner,
 )
 from tilewise.kernels.triton._shared import launch_options
+from tilewise.kernels.triton._shortlist import (
+    LAST,
+    ROOM,
+    TILE,
+    Shortlist,
+    cuts_on_list,
+    has_list,
+    has_many,
+    is_listed,
+    left_of,
+    listed,
+    logit_of,
+    place_of,
+    selects,
+    shortlist,
+)
 
 FEW = tl.constexpr(1 / 16)
-MANY_ROWS = 64  # enough programs by themselves
-PROGRAMS, MAX_PARTS = 256, 32
-PART_BLOCKS = 2  # blocks of columns, at least, that are worth a program
 
 
 @triton.jit
@@ -71,12 +86,54 @@ def _place_of(
     return row, row * (1 - SEED_STRIDE), seed, offset + draw % samples
 
 
+@triton.jit
+def _draw_listed(
+    ranks_ptr, count, top, inverse, seed, offset, row, least, stop, DIGITS: tl.constexpr
+):  # fmt: skip
+    """As `_draw`, of those on a list."""
+    best = tl.full([TILE], float("-inf"), tl.float32)
+    best_col = tl.zeros([TILE], tl.int32)
+    for start in range(0, count, TILE):
+        rank = listed(ranks_ptr, start, count)
+        key, col = place_of(rank, DIGITS)
+        a, b, c, d = philox(seed, offset, row, col // 4)
+        word = tl.where(col % 4 < 2, tl.where(col % 4 == 0, a, b), tl.where(col % 4 == 2, c, d))
+        score = gap_of(logit_of(key), top, inverse) + gumbel(word)
+        left = (rank >= 0) & is_before(key, col, least, stop)
+        score = tl.where(left, score, float("-inf"))
+        best_col = tl.where((score > best) | ((score == best) & (col < best_col)), col, best_col)
+        best = tl.maximum(score, best)
+    return tl.min(tl.where(best == tl.max(best, 0), best_col, LAST), 0)
+
+
+@triton.jit
+def _draw_cut(
+    x_ptr, vocab, top, seed, offset, row, t, k, p, m, DIGITS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The column drawn of a row that is cut, by one program."""
+    inverse = 1.0 / t
+    least, stop = cut_to_top_k(x_ptr, vocab, k, DIGITS, BLOCK)
+    likely, place = cut_to_min_p(least, stop, vocab, top, t, m)
+    token, _ = _draw(x_ptr, 0, vocab, top, inverse, seed, offset, row, likely, place, BLOCK)
+    if p < 1:
+        drawn = tl.load(x_ptr + token).to(tl.float32)
+        drawn = key_of(tl.where(drawn == 0, 0.0, drawn))
+        total, before = masses_before(
+            x_ptr, vocab, top, inverse, least, stop, drawn, token, BLOCK
+        )  # fmt: skip
+        goal = goal_of(p, total)
+        if before >= goal:
+            least, stop = cut(x_ptr, vocab, goal, top, inverse, True, DIGITS, BLOCK)
+            token, _ = _draw(x_ptr, 0, vocab, top, inverse, seed, offset, row, least, stop, BLOCK)
+    return token
+
+
 @triton.jit(do_not_specialize=["k", "seed", "offset", "samples"])
 def _sample_kernel(
-    tokens_ptr, x_ptr, k_ptr, t_ptr, p_ptr, m_ptr, seed_ptr, offset_ptr,
-    vocab, x_stride, samples, k, t, p, m, seed, offset,
-    SEED_STRIDE: tl.constexpr, OFFSET_STRIDE: tl.constexpr,
-    DIGITS: tl.constexpr, BLOCK: tl.constexpr,
+    tokens_ptr, x_ptr, tops_ptr, firsts_ptr, ranks_ptr, sums_ptr, k_ptr, t_ptr, p_ptr, m_ptr,
+    seed_ptr, offset_ptr, vocab, x_stride, parts, samples, k, t, p, m, seed, offset,
+    SEED_STRIDE: tl.constexpr, OFFSET_STRIDE: tl.constexpr, WORDS: tl.constexpr,
+    DIGITS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     draw = tl.cast(tl.program_id(0), tl.int64)
     row, counter_row, seed, offset = _place_of(
@@ -85,100 +142,74 @@ def _sample_kernel(
     x_ptr += row * x_stride
     t, k, p, m, can = filters_of(row, k_ptr, t_ptr, p_ptr, m_ptr, k, t, p, m)
 
-    token, top = first_of(x_ptr, 0, vocab, BLOCK)
+    if ranks_ptr is None:
+        token, top = first_of(x_ptr, 0, vocab, BLOCK)
+    else:
+        top, token = top_of_parts(tops_ptr, firsts_ptr, row, parts, vocab, PARTS)
     can = can & (top > float("-inf"))
-    if can & (t > 0) & (k != 1) & (p > 0):
-        inverse = 1.0 / t
-        least, stop = cut_to_top_k(x_ptr, vocab, k, DIGITS, BLOCK)
-        likely, place = cut_to_min_p(least, stop, vocab, top, t, m)
-        token, _ = _draw(
-            x_ptr, 0, vocab, top, inverse, seed, offset, counter_row, likely, place, BLOCK
-        )  # fmt: skip
-        if p < 1:
-            drawn = tl.load(x_ptr + token).to(tl.float32)
-            drawn = key_of(tl.where(drawn == 0, 0.0, drawn))
-            total, before = masses_before(
-                x_ptr, vocab, top, inverse, least, stop, drawn, token, BLOCK
+    whole = can & (t > 0) & (k != 1) & (p > 0)
+    if ranks_ptr is not None:
+        ranks_ptr += row * ROOM
+        sums_ptr += row * WORDS
+        if can & has_list(sums_ptr, t, k, p, vocab, WORDS):
+            whole = False
+            least, stop = cuts_on_list(ranks_ptr, sums_ptr, vocab, top, t, p, m, DIGITS)
+            token = _draw_listed(
+                ranks_ptr, tl.load(sums_ptr), top, 1.0 / t, seed, offset, counter_row,
+                least, stop, DIGITS,
             )  # fmt: skip
-            goal = goal_of(p, total)
-            if before >= goal:
-                least, stop = cut(x_ptr, vocab, goal, top, inverse, True, DIGITS, BLOCK)
-                token, _ = _draw(
-                    x_ptr, 0, vocab, top, inverse, seed, offset, counter_row, least, stop, BLOCK
-                )  # fmt: skip
+    if whole:
+        token = _draw_cut(x_ptr, vocab, top, seed, offset, counter_row, t, k, p, m, DIGITS, BLOCK)
 
     tl.store(tokens_ptr + draw, tl.where(can, token, -1).to(tl.int64))
 
 
-@triton.jit
-def _part_of(vocab, BLOCK: tl.constexpr):
-    """The columns of a program of those of a row."""
-    size = tl.cdiv(tl.cdiv(vocab, BLOCK), tl.num_programs(1)) * BLOCK
-    begin = tl.program_id(1) * size
-    return begin, tl.minimum(begin + size, vocab)
-
-
-@triton.jit
-def _tops_kernel(tops_ptr, firsts_ptr, x_ptr, vocab, x_stride, BLOCK: tl.constexpr):
-    row = tl.cast(tl.program_id(0), tl.int64)
-    begin, end = _part_of(vocab, BLOCK)
-    first, top = first_of(x_ptr + row * x_stride, begin, end, BLOCK)
-    place = row * tl.num_programs(1) + tl.program_id(1)
-    tl.store(tops_ptr + place, top)
-    tl.store(firsts_ptr + place, first)
-
-
-@triton.jit
-def _top_of(tops_ptr, firsts_ptr, row, parts, vocab, PARTS: tl.constexpr):
-    """The largest logit of a row, NaN if there is one, and its first column."""
-    part = tl.arange(0, PARTS)
-    tops = tl.load(tops_ptr + row * parts + part, mask=part < parts, other=float("-inf"))
-    firsts = tl.load(firsts_ptr + row * parts + part, mask=part < parts, other=0)
-    top = tl.max(tl.where(tops == tops, tops, float("-inf")), 0)
-    first = tl.min(tl.where(tops == top, firsts, vocab), 0)
-    is_nan = tl.max((tops != tops).to(tl.int32), 0)
-    return tl.where(is_nan > 0, float("nan"), top), first
-
-
-@triton.jit(do_not_specialize=["seed", "offset", "samples"])
+@triton.jit(do_not_specialize=["k", "seed", "offset", "samples"])
 def _scores_kernel(
-    scores_ptr, places_ptr, x_ptr, tops_ptr, firsts_ptr, t_ptr, m_ptr, seed_ptr, offset_ptr,
-    vocab, x_stride, samples, t, m, seed, offset,
-    SEED_STRIDE: tl.constexpr, OFFSET_STRIDE: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    scores_ptr, places_ptr, x_ptr, tops_ptr, firsts_ptr, ranks_ptr, sums_ptr,
+    k_ptr, t_ptr, p_ptr, m_ptr, seed_ptr, offset_ptr,
+    vocab, x_stride, samples, k, t, p, m, seed, offset,
+    SEED_STRIDE: tl.constexpr, OFFSET_STRIDE: tl.constexpr, WORDS: tl.constexpr,
+    DIGITS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     draw = tl.cast(tl.program_id(0), tl.int64)
     parts = tl.num_programs(1)
     row, counter_row, seed, offset = _place_of(
         draw, seed_ptr, offset_ptr, seed, offset, samples, SEED_STRIDE, OFFSET_STRIDE
     )
-    t, _, _, m, can = filters_of(row, None, t_ptr, None, m_ptr, 0, t, 1.0, m)
-    begin, end = _part_of(vocab, BLOCK)
+    x_ptr += row * x_stride
+    t, k, p, m, can = filters_of(row, k_ptr, t_ptr, p_ptr, m_ptr, k, t, p, m)
+    begin, end = part_of(vocab, BLOCK)
 
-    top, _ = _top_of(tops_ptr, firsts_ptr, row, parts, vocab, PARTS)
+    top, first = top_of_parts(tops_ptr, firsts_ptr, row, parts, vocab, PARTS)
     token, score = tl.cast(0, tl.int32), tl.cast(float("-inf"), tl.float32)
     if can & (t > 0) & (top > float("-inf")):
         least, stop = tl.cast(0, tl.uint32), tl.cast(0, tl.int32)
-        least, stop = cut_to_min_p(least, stop, vocab, top, t, m)
+        if ranks_ptr is None:
+            least, stop = cut_to_min_p(least, stop, vocab, top, t, m)
+        else:
+            least, stop = left_of(
+                x_ptr, ranks_ptr, sums_ptr, row, vocab, first, top, t, k, p, m,
+                WORDS, DIGITS, BLOCK,
+            )  # fmt: skip
         token, score = _draw(
-            x_ptr + row * x_stride, begin, end, top, 1.0 / t, seed, offset, counter_row,
-            least, stop, BLOCK,
+            x_ptr, begin, end, top, 1.0 / t, seed, offset, counter_row, least, stop, BLOCK
         )  # fmt: skip
 
     tl.store(places_ptr + draw * parts + tl.program_id(1), token)
     tl.store(scores_ptr + draw * parts + tl.program_id(1), score)
 
 
-@triton.jit(do_not_specialize=["samples"])
+@triton.jit(do_not_specialize=["k", "samples"])
 def _winners_kernel(
-    tokens_ptr, scores_ptr, places_ptr, tops_ptr, firsts_ptr, t_ptr, m_ptr,
-    vocab, samples, parts, t, m, OWN_TOPS: tl.constexpr, PARTS: tl.constexpr,
+    tokens_ptr, scores_ptr, places_ptr, tops_ptr, firsts_ptr, k_ptr, t_ptr, p_ptr, m_ptr,
+    vocab, samples, parts, k, t, p, m, OWN_TOPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The token of each draw; with OWN_TOPS, scores count from the largest logit of their part."""
     draw = tl.cast(tl.program_id(0), tl.int64)
     row = draw // samples
-    t, _, _, _, can = filters_of(row, None, t_ptr, None, m_ptr, 0, t, 1.0, m)
-    top, first = _top_of(tops_ptr, firsts_ptr, row, parts, vocab, PARTS)
+    t, _, _, _, can = filters_of(row, k_ptr, t_ptr, p_ptr, m_ptr, k, t, p, m)
+    top, first = top_of_parts(tops_ptr, firsts_ptr, row, parts, vocab, PARTS)
     part = tl.arange(0, PARTS)
     scores = tl.load(scores_ptr + draw * parts + part, mask=part < parts, other=float("-inf"))
     places = tl.load(places_ptr + draw * parts + part, mask=part < parts, other=0)
@@ -190,55 +221,49 @@ def _winners_kernel(
     tl.store(tokens_ptr + draw, tl.where(can, token, -1).to(tl.int64))
 
 
-def parts_of(draws: int, vocab: int) -> int:
-    """How many programs share a row where nothing but the temperature and min-p selects."""
-    if draws >= MANY_ROWS:
-        return 1
-    most = vocab // (PART_BLOCKS * row_block(vocab))
-    return max(min(most, PROGRAMS // max(draws, 1), MAX_PARTS), 1)
-
-
-def draw_tokens(rows: Tensor, filters: tuple, samples: int, draws: tuple) -> Tensor:
-    """rows [batch, vocab]; `_options.filters`; seeds, offsets, a seed and an offset
-    -> [batch * samples], sample s of a row being at its offset + s."""
-    k_each, t_each, p_each, m_each, k, t, p, m = filters
+def draw_tokens(
+    rows: Tensor, filters: tuple, samples: int, draws: tuple, found: Shortlist | None = None
+) -> Tensor:
+    """rows [batch, vocab]; `_options.filters`; seeds, offsets, a seed and an offset; the lists of
+    the rows, if there are -> [batch * samples], sample s of a row being at its offset + s."""
     seeds, offsets, *place = draws
     (batch, vocab), block = rows.shape, row_block(rows.shape[1])
     count = batch * samples
-    selects = k_each is not None or p_each is not None or k > 0 or p < 1
-    parts = 1 if selects else parts_of(count, vocab)
-    warps = launch_options(max(block // 128, 1))
-    if parts == 1:
+    parts = parts_of(count, vocab)
+    on_list = is_listed(filters, vocab, parts)
+    alone = parts == 1 or (not has_many(filters) if on_list else selects(filters))
+    if found is None and on_list:
+        found = shortlist(rows, filters, parts)
+    elif found is None:
+        found = Shortlist(parts, *((None, None) if alone else find_tops(rows, parts)))
+    tail = *filters[:4], seeds, offsets, vocab, rows.stride(0)
+    common = {
+        **strides(seeds, offsets), "WORDS": found.words, "DIGITS": DIGITS[rows.dtype],
+        "BLOCK": block, "PARTS": triton.next_power_of_2(found.parts),
+        **launch_options(max(block // 128, 1)),
+    }  # fmt: skip
+    if alone:
         tokens = rows.new_empty(count, dtype=torch.int64)
         _sample_kernel[(count,)](
-            tokens, rows, k_each, t_each, p_each, m_each, seeds, offsets,
-            vocab, rows.stride(0), samples, k, t, p, m, *place,
-            **strides(seeds, offsets), DIGITS=DIGITS[rows.dtype], BLOCK=block, **warps,
+            tokens, rows, *found[1:], *tail, found.parts, samples, *filters[4:], *place,
+            **common,
         )  # fmt: skip
         return tokens
-    floats = rows.new_empty(batch + count, parts, dtype=torch.float32)
-    places = rows.new_empty(batch + count, parts, dtype=torch.int32)
-    tops, firsts = floats[:batch], places[:batch]
-    _tops_kernel[(batch, parts)](tops, firsts, rows, vocab, rows.stride(0), BLOCK=block, **warps)
-    _scores_kernel[(count, parts)](
-        floats[batch:], places[batch:], rows, tops, firsts, t_each, m_each, seeds, offsets,
-        vocab, rows.stride(0), samples, t, m, *place,
-        **strides(seeds, offsets), BLOCK=block, PARTS=triton.next_power_of_2(parts), **warps,
-    )  # fmt: skip
-    return find_winners(
-        tops, firsts, floats[batch:], places[batch:], t_each, m_each, vocab, samples, t, m, False
+    scores = rows.new_empty(count, found.parts, dtype=torch.float32)
+    places = rows.new_empty(count, found.parts, dtype=torch.int32)
+    _scores_kernel[(count, found.parts)](
+        scores, places, rows, *found[1:], *tail, samples, *filters[4:], *place, **common
     )
+    return find_winners(found.tops, found.firsts, scores, places, filters, vocab, samples, False)
 
 
-def find_winners(
-    tops, firsts, scores, places, t_each, m_each, vocab, samples, t, m, own_tops
-) -> Tensor:  # fmt: skip
+def find_winners(tops, firsts, scores, places, filters, vocab, samples, own_tops) -> Tensor:
     """Of each part [batch, parts] the largest logit and its column, and of each draw
     [batch * samples, parts] the best score and its column -> [batch * samples]."""
     draws, parts = scores.shape
     tokens, width = scores.new_empty(draws, dtype=torch.int64), triton.next_power_of_2(parts)
     _winners_kernel[(draws,)](
-        tokens, scores, places, tops, firsts, t_each, m_each, vocab, samples, parts, t, m,
+        tokens, scores, places, tops, firsts, *filters[:4], vocab, samples, parts, *filters[4:],
         OWN_TOPS=own_tops, PARTS=width, **launch_options(min(max(width // 256, 1), 16)),
     )  # fmt: skip
     return tokens

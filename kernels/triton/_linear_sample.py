@@ -102,6 +102,5 @@ def linear_sample_forward(
         rows, vocab, dim, hidden.stride(0), weight.stride(0), float(temperature), seed, offset,
         **strides(seeds, offsets), **tile,
     )  # fmt: skip
-    return find_winners(
-        tops, firsts, scores, places, temperatures, None, vocab, 1, float(temperature), 0.0, True
-    )
+    filters = None, temperatures, None, None, 0, float(temperature), 1.0, 0.0
+    return find_winners(tops, firsts, scores, places, filters, vocab, 1, True)

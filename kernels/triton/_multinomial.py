@@ -6,13 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tilewise.kernels.triton._gumbel import draw_tokens, gumbel
-from tilewise.kernels.triton._options import option, strides
+from tilewise.kernels.triton._options import UNFILTERED, option, strides
 from tilewise.kernels.triton._philox import philox_words
 from tilewise.kernels.triton._ranks import row_block
 from tilewise.kernels.triton._shared import launch_options
 from tilewise.kernels.triton._top_k import top_k_forward
-
-UNFILTERED = (None, None, None, None, 0, 1.0, 1.0, 0.0)  # as `_options.filters`
 
 
 @triton.jit(do_not_specialize=["seed", "offset"])

@@ -12,6 +12,7 @@ from tilewise.kernels.triton._ranks import row_block
 from tilewise.kernels.triton._shared import launch_options
 
 COUNT = 17  # of the arguments of a launcher that are options
+UNFILTERED = (None, None, None, None, 0, 1.0, 1.0, 0.0)  # as `filters`
 TOKENS = 1024  # of a history, that a program counts
 
 

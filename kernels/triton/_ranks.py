@@ -46,8 +46,8 @@ def winner(best, best_col, end):
 
 
 @triton.jit
-def first_of(x_ptr, begin, end, BLOCK: tl.constexpr):
-    """The first column of the largest logit, and that logit: NaN if there is one."""
+def bests_of(x_ptr, begin, end, BLOCK: tl.constexpr):
+    """The largest logits of BLOCK lanes, their first columns, and whether there was NaN."""
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_col = tl.zeros([BLOCK], tl.int32) + begin
     is_nan = tl.zeros([BLOCK], tl.int32)
@@ -56,8 +56,19 @@ def first_of(x_ptr, begin, end, BLOCK: tl.constexpr):
         is_nan |= (x != x).to(tl.int32)
         best_col = tl.where(x > best, col, best_col)
         best = tl.where(x > best, x, best)
-    top = tl.where(tl.max(is_nan, 0) > 0, float("nan"), tl.max(best, 0))
-    return winner(best, best_col, end), top
+    return best, best_col, is_nan
+
+
+@triton.jit
+def top_of(best, is_nan):
+    return tl.where(tl.max(is_nan, 0) > 0, float("nan"), tl.max(best, 0))
+
+
+@triton.jit
+def first_of(x_ptr, begin, end, BLOCK: tl.constexpr):
+    """The first column of the largest logit, and that logit: NaN if there is one."""
+    best, best_col, is_nan = bests_of(x_ptr, begin, end, BLOCK)
+    return winner(best, best_col, end), top_of(best, is_nan)
 
 
 @triton.jit

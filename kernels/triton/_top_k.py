@@ -2,7 +2,8 @@
 
 A rank is an integer: the key of a number above its column, which is turned, so that no two are
 alike. Of few, each program sorts a piece of the row and keeps its first k, and those meet again
-until one piece holds all. Many are listed by the place of the k-th, sorted by pieces, and merged.
+until one piece holds all. Many are listed by the place of the k-th, by programs that share the row
+where rows are few, sorted by pieces, and merged.
 """
 
 import torch
@@ -10,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tilewise.kernels.triton._options import UNFILTERED
+from tilewise.kernels.triton._parts import part_of, parts_of, top_of_parts
 from tilewise.kernels.triton._ranks import (
     DIGITS,
     cut_to_top_k,
@@ -19,6 +22,15 @@ from tilewise.kernels.triton._ranks import (
     row_block,
 )
 from tilewise.kernels.triton._shared import launch_options
+from tilewise.kernels.triton._shortlist import (
+    FIELDS,
+    ROOM,
+    Shortlist,
+    cuts_on_list,
+    has_list,
+    is_listed,
+    shortlist,
+)
 
 PIECE = 1024  # ranks that a program sorts
 FEW = PIECE // 4  # so many at most: a round then leaves a quarter
@@ -40,21 +52,42 @@ def _write(values_ptr, indices_ptr, x_ptr, rank, place, k):
     tl.store(values_ptr + place, tl.load(x_ptr + index, mask=mask, other=0.0), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _list_kernel(
-    ranks_ptr, x_ptr, vocab, x_stride, k, DIGITS: tl.constexpr, BLOCK: tl.constexpr
+    ranks_ptr, x_ptr, tops_ptr, firsts_ptr, listed_ptr, sums_ptr, vocab, x_stride, k,
+    WORDS: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The ranks of the first k of a row, in order of column."""
+    """The ranks of the first k of a row, in any order."""
     row = tl.cast(tl.program_id(0), tl.int64)
     x_ptr += row * x_stride
-    least, stop = cut_to_top_k(x_ptr, vocab, k, DIGITS, BLOCK)
-    count = tl.cast(0, tl.int32)
-    for start in range(0, vocab, BLOCK):
-        x, col = load(x_ptr, start, vocab, BLOCK)
-        listed = is_before(key_of(x), col, least, stop) & (col < vocab)
-        place = count + tl.cumsum(listed.to(tl.int32), 0) - 1
-        tl.store(ranks_ptr + row * k + place, _rank_of(x, col), mask=listed)
-        count += tl.sum(listed.to(tl.int32), 0)
+    least, stop = tl.cast(0, tl.uint32), tl.cast(0, tl.int32)
+    on_list = False
+    if listed_ptr is not None:
+        sums_ptr += row * WORDS
+        top, _ = top_of_parts(tops_ptr, firsts_ptr, row, tl.num_programs(1), vocab, PARTS)
+        one = tl.cast(1.0, tl.float32)
+        goal, count = tl.load(sums_ptr + 1), tl.load(sums_ptr)
+        # NaN is first in rank, and -inf may be within k, but neither is on a list.
+        on_list = (top > float("-inf")) & (goal > 0) & (goal <= count)
+        on_list = on_list & has_list(sums_ptr, one, k, one, vocab, WORDS)
+        if on_list:
+            least, stop = cuts_on_list(
+                listed_ptr + row * ROOM, sums_ptr, vocab, top, one, one, one * 0, DIGITS
+            )
+    if on_list == 0:
+        least, stop = cut_to_top_k(x_ptr, vocab, k, DIGITS, BLOCK)
+
+    begin, end = part_of(vocab, BLOCK)
+    before = tl.cast(0, tl.int64)
+    for start in range(begin, end, BLOCK):
+        x, col = load(x_ptr, start, end, BLOCK)
+        mine = (is_before(key_of(x), col, least, stop) & (col < end)).to(tl.int32)
+        count = tl.sum(mine, 0).to(tl.int64)
+        if listed_ptr is not None:
+            before = tl.atomic_add(sums_ptr + FIELDS - 1, count, sem="relaxed")
+        place = before + tl.cumsum(mine, 0) - 1
+        tl.store(ranks_ptr + row * k + place, _rank_of(x, col), mask=mine > 0)
+        before += count
 
 
 @triton.jit
@@ -138,9 +171,14 @@ def top_k_forward(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     if k < vocab:
         ranks, count = x.new_empty(rows, k, dtype=torch.int64), k
-        block = row_block(vocab)
-        _list_kernel[(rows,)](
-            ranks, x, vocab, x.stride(0), k, DIGITS=DIGITS[x.dtype], BLOCK=block,
+        block, parts = row_block(vocab), parts_of(rows, vocab)
+        filters = *UNFILTERED[:4], k, *UNFILTERED[5:]
+        found = Shortlist(1, None, None)
+        if is_listed(filters, vocab, parts):
+            found = shortlist(x, filters, parts)
+        _list_kernel[(rows, found.parts)](
+            ranks, x, *found[1:], vocab, x.stride(0), k, WORDS=found.words,
+            DIGITS=DIGITS[x.dtype], BLOCK=block, PARTS=triton.next_power_of_2(found.parts),
             **launch_options(max(block // 128, 1)),
         )  # fmt: skip
     if count <= PIECE:

@@ -1,5 +1,5 @@
 """Which drafted tokens stand, and the one after them, on the GPU: probabilities of all rows of the
-target, then a program for each sequence."""
+target, then programs that share the row from which a sequence is drawn, and whose winners meet."""
 
 import torch
 import triton
@@ -9,6 +9,7 @@ from torch import Tensor
 from tilewise.kernels.triton._filter import filter_logits_forward
 from tilewise.kernels.triton._gumbel import gumbel
 from tilewise.kernels.triton._options import COUNT, option, strides
+from tilewise.kernels.triton._parts import part_of, parts_of
 from tilewise.kernels.triton._philox import philox, philox_words
 from tilewise.kernels.triton._ranks import row_block, winner
 from tilewise.kernels.triton._shared import launch_options
@@ -16,61 +17,66 @@ from tilewise.kernels.triton._shared import launch_options
 ACCEPTANCE = tl.constexpr(1 << 30)  # a group of four columns
 REPLACEMENT = tl.constexpr(1 << 33)  # a column
 WORDS = tl.constexpr(2.0**32)
-PLACES = tl.constexpr(16)  # of a draft, that are written at a time
+PLACES = tl.constexpr(32)  # of a draft, at a time
 
 
 @triton.jit
-def _accepted(
-    drafts_ptr, q_ptr, p_ptr, draft, vocab, seed, offset, row
-):  # fmt: skip
+def _accepted(drafts_ptr, q_ptr, p_ptr, draft, vocab, seed, offset, row):
     """How many drafts stand, and whether the one after them is a token of the vocabulary."""
-    count = tl.cast(0, tl.int32)
-    falls = tl.cast(0, tl.int32)  # whether one before has fallen that is a token
-    for place in range(draft):
-        token = tl.load(drafts_ptr + place)
+    count, falls = tl.cast(0, tl.int32), tl.cast(0, tl.int32)
+    start = 0
+    while start < draft:
+        place = start + tl.arange(0, PLACES)
+        token = tl.load(drafts_ptr + place, mask=place < draft, other=-1)
         known = (token >= 0) & (token < vocab)
-        column = tl.where(known, token, 0) + tl.cast(place, tl.int64) * vocab
-        word, _, _, _ = philox(seed, offset + place, row, tl.cast(ACCEPTANCE, tl.int64))
+        column = token + place.to(tl.int64) * vocab
+        zero = tl.zeros([PLACES], tl.int64)
+        word, _, _, _ = philox(seed, offset + place, row, zero + ACCEPTANCE)
         u = (word.to(tl.float64) + 0.5) / WORDS
-        p = tl.load(p_ptr + column).to(tl.float64)
-        q = tl.load(q_ptr + column).to(tl.float64)
-        stands = known & (u * q < p)
-        falls = tl.where((count == place) & known & (stands == 0), 1, falls)
-        count = tl.where((count == place) & stands, place + 1, count)
-    return count, falls
+        p = tl.load(p_ptr + column, mask=known, other=0.0).to(tl.float64)
+        q = tl.load(q_ptr + column, mask=known, other=0.0).to(tl.float64)
+        fallen = (known & (u * q < p)) == 0
+        count = tl.min(tl.where(fallen, place, start + PLACES), 0)
+        falls = tl.max((known & (place == count)).to(tl.int32), 0)
+        start = tl.where(count == start + PLACES, count, draft)
+    return tl.minimum(count, draft), falls
 
 
 @triton.jit
-def _rest(p_ptr, q_ptr, start, vocab, known, BLOCK: tl.constexpr):
+def _rest(p_ptr, q_ptr, start, end, known, BLOCK: tl.constexpr):
     """What the target has more than the draft, of the tokens up to `known`; beyond, all of it."""
     col = start + tl.arange(0, BLOCK)
-    p = tl.load(p_ptr + col, mask=col < vocab, other=0.0)
-    return p - tl.load(q_ptr + col, mask=col < known, other=0.0), col
+    p = tl.load(p_ptr + col, mask=col < end, other=0.0)
+    return p - tl.load(q_ptr + col, mask=col < tl.minimum(known, end), other=0.0), col
 
 
 @triton.jit
-def _replacement(p_ptr, q_ptr, vocab, known, seed, offset, row, BLOCK: tl.constexpr):
-    """A draw from what the target has more; from the target where that is nothing."""
+def _replacement(
+    p_ptr, q_ptr, begin, end, known, seed, offset, row, BLOCK: tl.constexpr
+):  # fmt: skip
+    """A draw from what the target has more; from the target where that is nothing. Which column,
+    its score, and whether there was more."""
     most = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, known, BLOCK):
-        rest, _ = _rest(p_ptr, q_ptr, start, vocab, known, BLOCK)
+    for start in range(begin, tl.minimum(known, end), BLOCK):
+        rest, _ = _rest(p_ptr, q_ptr, start, end, known, BLOCK)
         most = tl.maximum(most, rest)
-    known = tl.where(tl.max(most, 0) > 0, known, 0)
+    has_more = tl.max(most, 0) > 0
+    known = tl.where(has_more, known, 0)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
-    best_col = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, vocab, BLOCK):
-        rest, col = _rest(p_ptr, q_ptr, start, vocab, known, BLOCK)
+    best_col = tl.zeros([BLOCK], tl.int32) + begin
+    for start in range(begin, end, BLOCK):
+        rest, col = _rest(p_ptr, q_ptr, start, end, known, BLOCK)
         word = philox_words(seed, offset, row, REPLACEMENT + tl.cast(start, tl.int64), BLOCK)
         score = tl.log(tl.where(rest > 0, rest, 1.0)) + gumbel(word)
         score = tl.where(rest > 0, score, float("-inf"))
         best_col = tl.where(score > best, col, best_col)
         best = tl.where(score > best, score, best)
-    return winner(best, best_col, vocab)
+    return winner(best, best_col, end), tl.max(best, 0), has_more
 
 
 @triton.jit(do_not_specialize=["draft", "seed", "offset"])
-def _verify_kernel(
-    accepted_ptr, tokens_ptr, drafts_ptr, q_ptr, p_ptr, seed_ptr, offset_ptr,
+def _replace_kernel(
+    accepted_ptr, places_ptr, scores_ptr, more_ptr, drafts_ptr, q_ptr, p_ptr, seed_ptr, offset_ptr,
     draft, vocab, seed, offset,
     SEED_STRIDE: tl.constexpr, OFFSET_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -78,25 +84,46 @@ def _verify_kernel(
     row = i * (1 - SEED_STRIDE)
     seed = option(seed_ptr, seed, i, SEED_STRIDE, tl.int64)
     offset = option(offset_ptr, offset, i, OFFSET_STRIDE, tl.int64)
-    drafts_ptr += i * draft
     q_ptr += i * draft * vocab
     p_ptr += i * (draft + 1) * vocab
+    count, falls = _accepted(drafts_ptr + i * draft, q_ptr, p_ptr, draft, vocab, seed, offset, row)
 
-    count, falls = _accepted(drafts_ptr, q_ptr, p_ptr, draft, vocab, seed, offset, row)
     p_ptr += tl.cast(count, tl.int64) * vocab
     q_ptr += tl.cast(count, tl.int64) * vocab
-    last = tl.cast(-1, tl.int32)
+    begin, end = part_of(vocab, BLOCK)
+    known = tl.where(falls > 0, vocab, 0)
+    token, score, has_more = _replacement(
+        p_ptr, q_ptr, begin, end, known, seed, offset + count, row, BLOCK
+    )
     first = tl.load(p_ptr)
-    if first == first:  # a row without a token is NaN throughout
-        known = tl.where(falls > 0, vocab, 0)
-        last = _replacement(p_ptr, q_ptr, vocab, known, seed, offset + count, row, BLOCK)
+    token = tl.where(first == first, token, -1)  # a row without a token is NaN throughout
 
-    tl.store(accepted_ptr + i, count.to(tl.int64))
+    place = i * tl.num_programs(1) + tl.program_id(1)
+    tl.store(places_ptr + place, token)
+    tl.store(scores_ptr + place, score)
+    tl.store(more_ptr + place, has_more.to(tl.int32))
+    if tl.program_id(1) == 0:
+        tl.store(accepted_ptr + i, count.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["draft"])
+def _verify_kernel(
+    tokens_ptr, accepted_ptr, places_ptr, scores_ptr, more_ptr, drafts_ptr, draft, vocab, parts,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    i = tl.cast(tl.program_id(0), tl.int64)
+    count = tl.load(accepted_ptr + i)
+    part = tl.arange(0, PARTS)
+    place, mask = i * parts + part, part < parts
+    more = tl.load(more_ptr + place, mask=mask, other=0)
+    scores = tl.load(scores_ptr + place, mask=mask, other=float("-inf"))
+    scores = tl.where(more == tl.max(more, 0), scores, float("-inf"))
+    last = winner(scores, tl.load(places_ptr + place, mask=mask, other=-1), vocab)
     for start in range(0, draft + 1, PLACES):
-        place = start + tl.arange(0, PLACES)
-        drafted = tl.load(drafts_ptr + place, mask=place < count, other=-1)
-        token = tl.where(place == count, last, drafted)
-        tl.store(tokens_ptr + i * (draft + 1) + place, token, mask=place <= draft)
+        col = start + tl.arange(0, PLACES)
+        drafted = tl.load(drafts_ptr + i * draft + col, mask=col < count, other=-1)
+        token = tl.where(col == count, last, drafted)
+        tl.store(tokens_ptr + i * (draft + 1) + col, token, mask=col <= draft)
 
 
 def verify_draft_forward(
@@ -110,9 +137,16 @@ def verify_draft_forward(
     probs = filter_logits_forward(target_logits, *arguments[:COUNT], True)
     accepted = target_logits.new_empty(batch, dtype=torch.int64)
     tokens = target_logits.new_empty(batch, draft + 1, dtype=torch.int64)
-    block = row_block(vocab)
-    _verify_kernel[(batch,)](
-        accepted, tokens, draft_tokens, draft_probs, probs, seeds, offsets, draft, vocab, *place,
+    block, parts = row_block(vocab), parts_of(batch, vocab)
+    places, more = target_logits.new_empty(2, batch, parts, dtype=torch.int32)
+    scores = target_logits.new_empty(batch, parts, dtype=torch.float32)
+    _replace_kernel[(batch, parts)](
+        accepted, places, scores, more, draft_tokens, draft_probs, probs, seeds, offsets,
+        draft, vocab, *place,
         **strides(seeds, offsets), BLOCK=block, **launch_options(max(block // 128, 1)),
+    )  # fmt: skip
+    _verify_kernel[(batch,)](
+        tokens, accepted, places, scores, more, draft_tokens, draft, vocab, parts,
+        PARTS=triton.next_power_of_2(parts), **launch_options(1),
     )  # fmt: skip
     return accepted, tokens

@@ -343,10 +343,10 @@ def test_programs_that_share_a_row_draw_as_one(backend, options, monkeypatch):
 
 def test_few_rows_share_programs_and_many_do_not():
     pytest.importorskip("triton")
-    from tilewise.kernels.triton._gumbel import parts_of
+    from tilewise.kernels.triton._parts import parts_of
 
-    assert [parts_of(1, vocab) for vocab in (1, 5000, 8192, 128256)] == [1, 1, 2, 31]
-    assert [parts_of(draws, 128256) for draws in (0, 8, 16, 63, 64, 5000)] == [31, 31, 16, 4, 1, 1]
+    assert [parts_of(1, vocab) for vocab in (1, 4000, 8192, 128256)] == [1, 1, 4, 62]
+    assert [parts_of(rows, 128256) for rows in (0, 4, 8, 64, 129, 5000)] == [62, 62, 32, 4, 1, 1]
 
 
 def test_tokens_require_no_gradient(backend):

@@ -334,6 +334,8 @@ SAMPLE = declare(
             {"batch": 9, "vocab": 129, "each": True},
             {"batch": 5, "vocab": 1000, "min_p": 0.02},
             {"batch": 2, "vocab": 9001, "min_p": 0.02},  # a row in parts
+            {"batch": 2, "vocab": 8200, "top_k": 50, "top_p": 0.9},  # and its cuts on a list
+            {"batch": 1, "vocab": 8200, "top_k": 600, "top_p": 0.7},
             {"batch": 4, "vocab": 515, "adjust": True},
             {"batch": 9, "vocab": 129, "each": True, "adjust": True, "min_p": 0.05},
         ],
