@@ -38,8 +38,14 @@ const Case kCases[]{
     {2, 4, 2, 19, 70, 8, 16, kNone, 0, Kind::padded, 8},
     {1, 4, 2, 67, 66, 40, 33, 50, 0, Kind::all, 1},  // rows that allow no whole access
     {2, 2, 1, 20, 35, 64, 128, kNone, 3, Kind::all, 0},
+    {1, 2, 1, 70, 75, 96, 96, kNone, 0, Kind::plain, 8},
+    {1, 2, 1, 70, 77, 192, 128, kNone, 0, Kind::plain, 8},
+    {1, 2, 2, 40, 78, 200, 130, 20, 10, Kind::all, 0},
+    {1, 2, 1, 70, 59, 256, 256, 30, 40, Kind::plain, 8},
+    {1, 2, 1, 33, 36, 180, 121, kNone, 0, Kind::all, 1},  // rows that allow no whole access
     {4, 2, 1, 70, 140, 64, 64, kNone, 0, Kind::plain, 8, true},
     {4, 4, 2, 37, 50, 40, 33, 30, 2, Kind::all, 1, true},
+    {3, 2, 1, 33, 62, 256, 256, kNone, 0, Kind::plain, 8, true},
 };
 
 enum Input { kQ, kK, kV, kDout, kDlse, kBias, kSlopes, kSinks };

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from attention_cases import zeros
-from cases import DEVICE
 
 from tilewise import attention, attention_with_lse, merge_attention
 from tilewise.choice import refusal
@@ -96,12 +95,13 @@ def test_merging_refuses(error, sentence, parts):
     assert str(raised.value) == f"merge_attention: {sentence}"
 
 
-def test_triton_refuses_wide_heads():
-    q = zeros(1, 1, 2, 257)
-    if DEVICE == "cpu" and refusal(ATTENTION.backends["triton"], q[..., :4], q, q):
-        pytest.skip("triton: neither interpreted nor on a GPU")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_wide_heads_are_refused(backend):
+    q = zeros(1, 1, 2, 257, dtype=torch.bfloat16)
+    if no := refusal(ATTENTION.backends[backend], *[q[..., :256]] * 3):
+        pytest.skip(f"{backend}: {no[1]}")
     with pytest.raises(NotImplementedError, match="takes heads up to 256 wide, got 257"):
-        attention(q, q, q, backend="triton")
+        attention(q, q, q, backend=backend)
 
 
 GIVEN = {

@@ -72,12 +72,15 @@ def test_refuses(op, error, sentence, given):
     assert str(raised.value) == f"{op.__name__}: {sentence}"
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("wide", ["q and k", "v"])
-def test_triton_refuses_wide_heads(wide):
-    given = GIVEN | (
-        {"v": zeros(5, 1, 257)} if wide == "v" else {"q": zeros(3, 2, 257), "k": zeros(5, 1, 257)}
-    )
-    if no := refusal(OPS["attention_varlen"].backends["triton"], Q, K, V, ENDS_Q, ENDS_K):
-        pytest.skip(f"triton: {no[1]}")
+def test_wide_heads_are_refused(wide, backend):
+    q, k, v = (zeros(3, 2, 4), zeros(5, 1, 4), zeros(5, 1, 257))
+    if wide == "q and k":
+        q, k, v = (zeros(3, 2, 257), zeros(5, 1, 257), zeros(5, 1, 4))
+    given = GIVEN | {"q": q.bfloat16(), "k": k.bfloat16(), "v": v.bfloat16()}
+    rows = (t[..., :256] for t in (given["q"], given["k"], given["v"]))
+    if no := refusal(OPS["attention_varlen"].backends[backend], *rows, ENDS_Q, ENDS_K):
+        pytest.skip(f"{backend}: {no[1]}")
     with pytest.raises(NotImplementedError, match="takes heads up to 256 wide, got 257"):
-        attention_varlen(**given, backend="triton")
+        attention_varlen(**given, backend=backend)

@@ -8,43 +8,47 @@ namespace tilewise {
 namespace {
 
 // How many times 16 queries a warp has, and keys of a tile. nvcc 13.0 has no spills on sm_80, 90a,
-// 100a and 120. Registers, the most of these four, and shared bytes of a block, for heads of 32, 64
-// and 128: 216, 238, 249 and 30720, 55296, 69632; scored 199, 228, 193 and 25600, 46080, 52224. Of
-// packed sequences: 238, 244, 255; scored 220, 229, 197.
-template <int kDim, bool kScored>
+// 100a and 120. For heads of 32, 64, 96 and 128, of 192 with values of 128, and of 256: registers,
+// the most of these four, 216, 238, 215, 249, 254, 241, scored 199, 228, 182, 193, 203, 252; of
+// packed sequences 238, 244, 221, 255, 255, 248, scored 220, 229, 187, 197, 207, 255. Shared bytes
+// of a block: 30720, 55296, 53248, 69632, 94208, 101376, scored 25600, 46080, 39936, 52224, 68608,
+// 101376, which is all that sm_86, 89 and 120 let a block have.
+template <int kDim, int kVDim, bool kScored>
 struct Shape {
-  static constexpr int kDown = kScored ? 1 : 2, kKeys = kDim <= 64 ? 64 : 32;
+  static constexpr int kDown = kScored || kVDim > 128 ? 1 : 2, kKeys = kDim <= 64 ? 64 : 32;
   static constexpr int kQueries = kAttentionWarps * 16 * kDown;
 };
 
-template <typename T, int kDim, bool kScored>
+template <typename T, int kDim, int kVDim, bool kScored>
 struct Shared {
-  using Keys = Tile<T, Shape<kDim, kScored>::kKeys, kDim>;
-  Tile<T, Shape<kDim, kScored>::kQueries, kDim> q;
-  Keys k[2], v[2];
+  using S = Shape<kDim, kVDim, kScored>;
+  Tile<T, S::kQueries, kDim> q;
+  Tile<T, S::kKeys, kDim> k[2];
+  Tile<T, S::kKeys, kVDim> v[2];
 };
 
 // What a warp does.
-template <typename T, int kDim, bool kScored>
+template <typename T, int kDim, int kVDim, bool kScored>
 struct Work {
-  static constexpr int kDown = Shape<kDim, kScored>::kDown, kKeys = Shape<kDim, kScored>::kKeys;
+  using S = Shape<kDim, kVDim, kScored>;
+  static constexpr int kDown = S::kDown, kKeys = S::kKeys;
   static constexpr bool kHeld = kDim <= 32;  // queries stay in registers
 
   const Forward<T>& f;
   const Scores<T> scores;
   const Kept kept;
-  Shared<T, kDim, kScored>& shared;
+  Shared<T, kDim, kVDim, kScored>& shared;
   const int query0, row;  // of the block, and where in it the warp's begin
-  Fragments<kDown, kDim / 8> sums = {};
+  Fragments<kDown, kVDim / 8> sums = {};
   float highest[kDown][2], total[kDown][2];
   uint32_t q[kHeld ? kDim / 16 : 1][kDown][4];
 
-  __device__ Work(const Forward<T>& f, Shared<T, kDim, kScored>& shared, const Block& block)
+  __device__ Work(const Forward<T>& f, Shared<T, kDim, kVDim, kScored>& shared, const Block& block)
       : f(f),
         scores(f.a, block, block.head),
         kept(f.a.options.dropout, block.index, f.a.size.seq_q),
         shared(shared),
-        query0(block.tile * Shape<kDim, kScored>::kQueries),
+        query0(block.tile * S::kQueries),
         row(threadIdx.x / kWarpSize * 16 * kDown) {
     const bool sunk = kScored && f.a.options.sinks;
     const float sink = sunk ? scores.sink(block.head) : -INFINITY;
@@ -103,7 +107,7 @@ struct Work {
       const int m = i / 2, half = 2 * (i % 2);
       const float rescale = soften<kEmpty>(s[m], half, highest[m][i % 2], total[m][i % 2], factor);
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
+      for (int n = 0; n < kVDim / 8; ++n) {
         sums[m][n][half] *= rescale;
         sums[m][n][half + 1] *= rescale;
       }
@@ -121,7 +125,7 @@ struct Work {
       sum += __shfl_xor_sync(0xffffffff, sum, 2);
       const float part = sum == 0.f ? 0.f : kept_scale / sum;
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
+      for (int n = 0; n < kVDim / 8; ++n) {
         sums[m][n][half] *= part;
         sums[m][n][half + 1] *= part;
       }
@@ -138,10 +142,11 @@ struct Work {
 };
 
 // What a block does.
-template <typename T, int kDim, bool kScored>
+template <typename T, int kDim, int kVDim, bool kScored>
 __device__ void forward(const Forward<T>& f, Block block) {
-  constexpr int kQueries = Shape<kDim, kScored>::kQueries, kKeys = Shape<kDim, kScored>::kKeys;
-  auto& shared = *reinterpret_cast<Shared<T, kDim, kScored>*>(dynamic_shared());
+  using S = Shape<kDim, kVDim, kScored>;
+  constexpr int kQueries = S::kQueries, kKeys = S::kKeys;
+  auto& shared = *reinterpret_cast<Shared<T, kDim, kVDim, kScored>*>(dynamic_shared());
   const Attention<T>& a = f.a;
   const Sizes& size = a.size;
   const int tiles = (block.seq_q + kQueries - 1) / kQueries;
@@ -150,7 +155,7 @@ __device__ void forward(const Forward<T>& f, Block block) {
   const Reach keys(query0, min(query0 + kQueries, block.seq_q) - 1, block.ahead(), a.options.left,
                    a.options.right, block.seq_k, kKeys);
   uint32_t kv_head = block.head / a.group();
-  Work<T, kDim, kScored> work(f, shared, block);
+  Work<T, kDim, kVDim, kScored> work(f, shared, block);
   const auto stream = [&](int n) {
     forget(kv_head);  // no registers for where keys and values begin
     const T* k = a.k.of(block.first_k, kv_head);
@@ -191,16 +196,16 @@ __device__ void forward(const Forward<T>& f, Block block) {
   work.end(block);
 }
 
-template <typename T, int kDim, bool kScored>
+template <typename T, int kDim, int kVDim, bool kScored>
 __global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
     forward_kernel(const Forward<T> f) {
-  forward<T, kDim, kScored>(f, Block(f.a.size, f.a.size.heads));
+  forward<T, kDim, kVDim, kScored>(f, Block(f.a.size, f.a.size.heads));
 }
 
-template <typename T, int kDim, bool kScored>
+template <typename T, int kDim, int kVDim, bool kScored>
 __global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
     packed_forward_kernel(const Forward<T> f, const Packed packed) {
-  forward<T, kDim, kScored>(f, Block(f.a.size, f.a.size.heads, packed));
+  forward<T, kDim, kVDim, kScored>(f, Block(f.a.size, f.a.size.heads, packed));
 }
 
 }  // namespace
@@ -258,17 +263,17 @@ cudaError_t attention_forward(
 #ifdef TILEWISE_HOPPER
     if (!ends_q && is_for_hopper(f)) return hopper_forward(f, stream);
 #endif
-    return for_width(size, is_scored(f.a), [&](auto width, auto scored) {
-      constexpr int kDim = decltype(width)::value;
+    return for_widths(size, is_scored(f.a), [&](auto widths, auto scored) {
+      constexpr int kDim = decltype(widths)::kDim, kVDim = decltype(widths)::kVDim;
       constexpr bool kScored = decltype(scored)::value;
-      constexpr int kQueries = Shape<kDim, kScored>::kQueries;
-      constexpr int64_t kShared = sizeof(Shared<T, kDim, kScored>);
+      constexpr int kQueries = Shape<kDim, kVDim, kScored>::kQueries;
+      constexpr int64_t kShared = sizeof(Shared<T, kDim, kVDim, kScored>);
       if (ends_q) {
-        return launch_tiles(packed_forward_kernel<T, kDim, kScored>, batch * heads,
+        return launch_tiles(packed_forward_kernel<T, kDim, kVDim, kScored>, batch * heads,
                             tiles_of(std::min(seq_q, rows_q), kQueries), kShared, stream, f,
                             packed);
       }
-      return launch_tiles(forward_kernel<T, kDim, kScored>, batch * heads,
+      return launch_tiles(forward_kernel<T, kDim, kVDim, kScored>, batch * heads,
                           tiles_of(seq_q, kQueries), kShared, stream, f);
     });
   });

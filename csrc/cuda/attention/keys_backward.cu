@@ -13,99 +13,108 @@ struct Backward {
   const float* statistics;
 };
 
-// As in forward.cu; registers and shared bytes for heads of 32, 64 and 128: 187, 223, 245 and
-// 32256, 56832, 70400; scored 240, 255, 249. Of packed sequences: 190, 226, 245; scored 254, 255,
-// 246.
-template <int kDim>
+// As in forward.cu; registers of the six 195, 223, 228, 253, 255, 239, scored 242, 255, 232, 246,
+// 250, 242; of packed sequences 199, 226, 231, 251, 255, 240, scored 254, 255, 238, 246, 249, 239.
+// Shared bytes: 30720, 55296, 53248, 69632, 64512, 101376. With 32 queries a tile, heads of 192
+// with values of 128 spill on sm_80.
+template <int kDim, int kVDim>
 struct Shape {
-  static constexpr int kDown = 1, kQueries = kDim <= 64 ? 64 : 32;
+  static constexpr int kDown = 1, kQueries = kDim <= 64 ? 64 : kDim <= 128 ? 32 : 16;
   static constexpr int kKeys = kAttentionWarps * 16 * kDown;
 };
 
-template <typename T, int kDim>
+// Statistics are beside the rows of queries.
+template <typename T, int kDim, int kVDim>
 struct Shared {
-  using Queries = Tile<T, Shape<kDim>::kQueries, kDim>;
-  Tile<T, Shape<kDim>::kKeys, kDim> k, v;
-  Queries q[2], dout[2];
-  float statistics[2][kStatistics][Shape<kDim>::kQueries];
+  using S = Shape<kDim, kVDim>;
+  Tile<T, S::kKeys, kDim> k;
+  Tile<T, S::kKeys, kVDim> v;
+  Tile<T, S::kQueries, kDim> q[2];
+  Tile<T, S::kQueries, kVDim> dout[2];
 };
 
-// What a warp does.
-template <typename T, int kDim, bool kScored>
+// What a warp does. kDk, kDv: for which of the two.
+template <typename T, int kDim, int kVDim, bool kDk, bool kDv, bool kScored>
 struct Work {
-  static constexpr int kDown = Shape<kDim>::kDown, kQueries = Shape<kDim>::kQueries;
+  static constexpr int kDown = Shape<kDim, kVDim>::kDown, kQueries = Shape<kDim, kVDim>::kQueries;
 
   const Backward<T>& b;
   const Block& block;
-  Shared<T, kDim>& shared;
+  Shared<T, kDim, kVDim>& shared;
   const int key0, row;  // of the block, and where in it the warp's begin
-  Fragments<kDown, kDim / 8> dk = {}, dv = {};
+  Fragments<kDown, kDim / 8> dk = {};
+  Fragments<kDown, kVDim / 8> dv = {};
 
-  __device__ Work(const Backward<T>& b, Shared<T, kDim>& shared, const Block& block)
+  __device__ Work(const Backward<T>& b, Shared<T, kDim, kVDim>& shared, const Block& block)
       : b(b),
         block(block),
         shared(shared),
-        key0(block.tile * Shape<kDim>::kKeys),
+        key0(block.tile * Shape<kDim, kVDim>::kKeys),
         row(threadIdx.x / kWarpSize * 16 * kDown) {}
 
   template <bool kChecked>
   __device__ void attend(int head, int tile, int buffer) {
-    Fragments<kDown, kQueries / 8> s, ds;
+    Fragments<kDown, kQueries / 8> s, ds = {};
     multiply_across<T>(s, shared.q[buffer], [&](uint32_t(&a)[4], int m, int k) {
       load_rows(a, shared.k, row + 16 * m, 16 * k);
     });
-    multiply_across<T>(ds, shared.dout[buffer], [&](uint32_t(&a)[4], int m, int k) {
-      load_rows(a, shared.v, row + 16 * m, 16 * k);
-    });
+    if constexpr (kDk) {
+      multiply_across<T>(ds, shared.dout[buffer], [&](uint32_t(&a)[4], int m, int k) {
+        load_rows(a, shared.v, row + 16 * m, 16 * k);
+      });
+    }
     const Scores<T> scores(b.a, block, head);
     const Kept kept(b.a.options.dropout, int64_t{block.batch} * b.a.size.heads + head,
                     b.a.size.seq_q);
     const int col = 2 * (threadIdx.x % 4);
-    const auto& of = shared.statistics[buffer];
     differentiate<kScored, kChecked>(s, ds, scores, kept,
                                      Pairs<true>::of(tile * kQueries, key0, row), true,
                                      [&](int, int n, int e) -> Statistics {
                                        const int i = 8 * n + col + e % 2;
-                                       return {of[0][i], of[1][i], of[2][i]};
+                                       const float4 of = shared.q[buffer].beside(i);
+                                       return {of.x, of.y, of.z};
                                      });
-    multiply_down<T>(dv, s, shared.dout[buffer]);
-    multiply_down<T>(dk, ds, shared.q[buffer]);
+    if constexpr (kDv) multiply_down<T>(dv, s, shared.dout[buffer]);
+    if constexpr (kDk) multiply_down<T>(dk, ds, shared.q[buffer]);
+  }
+
+  // By way of the keys, which this warp alone has had these rows of.
+  template <int kAcross>
+  __device__ void put(const Heads<T>& to, Fragments<kDown, kAcross>& sums, int cols, float scale) {
+#pragma unroll
+    for (int i = 0; i < kDown * kAcross * 4; ++i) {
+      sums[i / (kAcross * 4)][i / 4 % kAcross][i % 4] *= scale;
+    }
+    put_rows<!kScored>(to.of(block.first_k, block.head), to.row, sums, shared.k, row, key0,
+                       block.seq_k, cols, b.a.wide);
   }
 
   __device__ void end() {
     const Dropout& dropout = b.a.options.dropout;
-    const float kept_scale = dropout.threshold ? dropout.scale : 1.f;
-#pragma unroll
-    for (int i = 0; i < kDown * kDim / 2; ++i) {
-      const int m = i / (kDim / 2), n = i / 4 % (kDim / 8), e = i % 4;
-      dk[m][n][e] *= b.a.scale;
-      if (kScored) dv[m][n][e] *= kept_scale;
-    }
-    put_rows<!kScored>(b.dk.of(block.first_k, block.head), b.dk.row, dk, shared.k, row, key0,
-                       block.seq_k, b.a.size.dim, b.a.wide);
-    put_rows<!kScored>(b.dv.of(block.first_k, block.head), b.dv.row, dv, shared.v, row, key0,
-                       block.seq_k, b.a.size.v_dim, b.a.wide);
+    const float kept_scale = kScored && dropout.threshold ? dropout.scale : 1.f;
+    if constexpr (kDk) put(b.dk, dk, b.a.size.dim, b.a.scale);
+    if constexpr (kDv) put(b.dv, dv, b.a.size.v_dim, kept_scale);
   }
 };
 
 // Copy the statistics of the queries from query0 on of a head; those there are none of are 0.
-template <int kQueries>
-__device__ void fetch_statistics(float (&to)[kStatistics][kQueries], const float* from,
-                                 int64_t count, int64_t head_row, int query0, int seq_q) {
+template <typename Queries>
+__device__ void fetch_statistics(Queries& to, int queries, const float* from, int64_t count,
+                                 int64_t head_row, int query0, int seq_q) {
 #pragma unroll
-  for (int i = threadIdx.x; i < kStatistics * kQueries; i += kAttentionThreads) {
-    const int which = i / kQueries, r = i % kQueries;
+  for (int i = threadIdx.x; i < kStatistics * queries; i += kAttentionThreads) {
+    const int which = i / queries, r = i % queries;
     const bool inside = query0 + r < seq_q;
     const float* source = inside ? from + which * count + head_row + query0 + r : from;
-    copy_async<4>(&to[which][r], source, inside ? 4 : 0);
+    copy_async<4>(&to.beside(r).x + which, source, inside ? 4 : 0);
   }
 }
 
 // What a block does.
-template <typename T, int kDim, bool kScored>
+template <typename T, int kDim, int kVDim, bool kDk, bool kDv, bool kScored>
 __device__ void backward(const Backward<T>& b, Block block) {
-  constexpr int kQueries = Shape<kDim>::kQueries, kKeys = Shape<kDim>::kKeys;
-  auto& shared = *reinterpret_cast<Shared<T, kDim>*>(dynamic_shared());
+  constexpr int kQueries = Shape<kDim, kVDim>::kQueries, kKeys = Shape<kDim, kVDim>::kKeys;
+  auto& shared = *reinterpret_cast<Shared<T, kDim, kVDim>*>(dynamic_shared());
   const Attention<T>& a = b.a;
   const Sizes& size = a.size;
   if (!block.take((block.seq_k + kKeys - 1) / kKeys, false)) return;
@@ -113,14 +122,14 @@ __device__ void backward(const Backward<T>& b, Block block) {
   const Reach queries(key0, min(key0 + kKeys, block.seq_k) - 1, -block.ahead(), a.options.right,
                       a.options.left, block.seq_q, kQueries);
   const int whole = kScored ? 0 : queries.whole(), count = queries.count();
-  Work<T, kDim, kScored> work(b, shared, block);
+  Work<T, kDim, kVDim, kDk, kDv, kScored> work(b, shared, block);
   const auto stream = [&](int head, int n, int buffer) {
     const int query0 = queries.at(n) * kQueries;
     fetch<!kScored>(shared.q[buffer], a.q.of(block.first_q, head), a.q.row, query0, block.seq_q,
                     size.dim, a.wide);
     fetch<!kScored>(shared.dout[buffer], b.dout.of(block.first_q, head), b.dout.row, query0,
                     block.seq_q, size.v_dim, a.wide);
-    fetch_statistics(shared.statistics[buffer], b.statistics, a.lines.count,
+    fetch_statistics(shared.q[buffer], kQueries, b.statistics, a.lines.count,
                      a.lines.of(block.first_q, head), query0, block.seq_q);
     copy_async_commit();
   };
@@ -130,8 +139,10 @@ __device__ void backward(const Backward<T>& b, Block block) {
   if (count > 0) {
     fetch<!kScored>(shared.k, a.k.of(block.first_k, block.head), a.k.row, key0, block.seq_k,
                     size.dim, a.wide);
-    fetch<!kScored>(shared.v, a.v.of(block.first_k, block.head), a.v.row, key0, block.seq_k,
-                    size.v_dim, a.wide);
+    if constexpr (kDk) {
+      fetch<!kScored>(shared.v, a.v.of(block.first_k, block.head), a.v.row, key0, block.seq_k,
+                      size.v_dim, a.wide);
+    }
     stream(head0, 0, 0);
   }
 #pragma unroll 1
@@ -153,16 +164,16 @@ __device__ void backward(const Backward<T>& b, Block block) {
   work.end();
 }
 
-template <typename T, int kDim, bool kScored>
+template <typename T, int kDim, int kVDim, bool kDk, bool kDv, bool kScored>
 __global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
     keys_backward_kernel(const Backward<T> b) {
-  backward<T, kDim, kScored>(b, Block(b.a.size, b.a.size.kv_heads));
+  backward<T, kDim, kVDim, kDk, kDv, kScored>(b, Block(b.a.size, b.a.size.kv_heads));
 }
 
-template <typename T, int kDim, bool kScored>
+template <typename T, int kDim, int kVDim, bool kDk, bool kDv, bool kScored>
 __global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
     packed_keys_backward_kernel(const Backward<T> b, const Packed packed) {
-  backward<T, kDim, kScored>(b, Block(b.a.size, b.a.size.kv_heads, packed));
+  backward<T, kDim, kVDim, kDk, kDv, kScored>(b, Block(b.a.size, b.a.size.kv_heads, packed));
 }
 
 }  // namespace
@@ -220,16 +231,27 @@ cudaError_t attention_keys_backward(
                         {static_cast<T*>(dv), dv_batch, dv_head, dv_row},
                         {static_cast<const T*>(dout), dout_batch, dout_head, dout_row},
                         statistics};
-    return for_width(size, is_scored(b.a), [&](auto width, auto scored) {
-      constexpr int kDim = decltype(width)::value, kKeys = Shape<kDim>::kKeys;
+    return for_widths(size, is_scored(b.a), [&](auto widths, auto scored) {
+      constexpr int kDim = decltype(widths)::kDim, kVDim = decltype(widths)::kVDim;
+      constexpr int kKeys = Shape<kDim, kVDim>::kKeys;
       constexpr bool kScored = decltype(scored)::value;
-      constexpr int64_t kShared = sizeof(Shared<T, kDim>);
-      if (ends_q) {
-        return launch_tiles(packed_keys_backward_kernel<T, kDim, kScored>, batch * kv_heads,
-                            tiles_of(std::min(seq_k, rows_k), kKeys), kShared, stream, b, packed);
+      constexpr int64_t kShared = sizeof(Shared<T, kDim, kVDim>);
+      const auto run = [&](auto of_dk, auto of_dv) {
+        constexpr bool kDk = decltype(of_dk)::value, kDv = decltype(of_dv)::value;
+        if (ends_q) {
+          return launch_tiles(packed_keys_backward_kernel<T, kDim, kVDim, kDk, kDv, kScored>,
+                              batch * kv_heads, tiles_of(std::min(seq_k, rows_k), kKeys), kShared,
+                              stream, b, packed);
+        }
+        return launch_tiles(keys_backward_kernel<T, kDim, kVDim, kDk, kDv, kScored>,
+                            batch * kv_heads, tiles_of(seq_k, kKeys), kShared, stream, b);
+      };
+      if constexpr (kVDim <= 128) {
+        return run(std::true_type{}, std::true_type{});
+      } else {  // the sums of both do not fit in registers
+        const cudaError_t status = run(std::false_type{}, std::true_type{});
+        return status != cudaSuccess ? status : run(std::true_type{}, std::false_type{});
       }
-      return launch_tiles(keys_backward_kernel<T, kDim, kScored>, batch * kv_heads,
-                          tiles_of(seq_k, kKeys), kShared, stream, b);
     });
   });
 }

@@ -188,16 +188,26 @@ bool is_scored(const Attention<T>& a) {
   return asked || o.dropout.threshold != 0 || !(a.scale > 0.f) || !a.wide;
 }
 
-// Call body with the width that heads are padded to, and with `scored`, as constants.
+// What heads of q and k are padded to, and those of v, which are no wider.
+template <int kOfKeys, int kOfValues>
+struct Widths {
+  static_assert(kOfValues <= kOfKeys);
+  static constexpr int kDim = kOfKeys, kVDim = kOfValues;
+};
+
+// Call body with the widths that heads are padded to, and with `scored`, as constants.
 template <typename Body>
-cudaError_t for_width(const Sizes& size, bool scored, Body body) {
-  const auto with = [&](auto width) {
-    return scored ? body(width, std::true_type{}) : body(width, std::false_type{});
+cudaError_t for_widths(const Sizes& size, bool scored, Body body) {
+  const auto with = [&](auto widths) {
+    return scored ? body(widths, std::true_type{}) : body(widths, std::false_type{});
   };
   const int wider = std::max(size.dim, size.v_dim);
-  if (wider <= 32) return with(std::integral_constant<int, 32>{});
-  if (wider <= 64) return with(std::integral_constant<int, 64>{});
-  if (wider <= 128) return with(std::integral_constant<int, 128>{});
+  if (wider <= 32) return with(Widths<32, 32>{});
+  if (wider <= 64) return with(Widths<64, 64>{});
+  if (wider <= 96) return with(Widths<96, 96>{});
+  if (wider <= 128) return with(Widths<128, 128>{});
+  if (wider <= 192 && size.v_dim <= 128) return with(Widths<192, 128>{});
+  if (wider <= 256) return with(Widths<256, 256>{});
   return cudaErrorInvalidValue;
 }
 

@@ -18,44 +18,46 @@ struct Backward {
   bool exact;
 };
 
-// As in forward.cu; registers and shared bytes for heads of 32, 64 and 128: 175, 196, 205 and
-// 30976, 55552, 69888; scored 254, 254, 227. Of packed sequences: 177, 198, 207; scored 255, 255,
-// 229.
-template <int kDim>
+// As in forward.cu; registers of the six 175, 196, 192, 205, 251, 243, scored 254, 254, 208, 227,
+// 254, 243; of packed sequences 177, 198, 193, 207, 248, 242, scored 255, 255, 215, 229, 254, 249.
+// Shared bytes: 30720, 55296, 53248, 69632, 86016, 101376.
+template <int kDim, int kVDim>
 struct Shape {
-  static constexpr int kDown = 1, kKeys = kDim <= 64 ? 64 : 32;
+  static constexpr int kDown = 1, kKeys = kDim <= 64 ? 64 : kVDim <= 128 ? 32 : 16;
   static constexpr int kQueries = kAttentionWarps * 16 * kDown;
 };
 
-template <typename T, int kDim>
+// Delta is beside the rows of dout.
+template <typename T, int kDim, int kVDim>
 struct Shared {
-  using Keys = Tile<T, Shape<kDim>::kKeys, kDim>;
-  Tile<T, Shape<kDim>::kQueries, kDim> q, dout;
-  Keys k[2], v[2];
-  float delta[Shape<kDim>::kQueries];
+  using S = Shape<kDim, kVDim>;
+  Tile<T, S::kQueries, kDim> q;
+  Tile<T, S::kQueries, kVDim> dout;
+  Tile<T, S::kKeys, kDim> k[2];
+  Tile<T, S::kKeys, kVDim> v[2];
 };
 
 // What a warp does.
-template <typename T, int kDim, bool kScored>
+template <typename T, int kDim, int kVDim, bool kScored>
 struct Work {
-  static constexpr int kDown = Shape<kDim>::kDown, kKeys = Shape<kDim>::kKeys;
+  static constexpr int kDown = Shape<kDim, kVDim>::kDown, kKeys = Shape<kDim, kVDim>::kKeys;
 
   const Backward<T>& b;
   const Block& block;
   const Scores<T> scores;
   const Kept kept;
-  Shared<T, kDim>& shared;
+  Shared<T, kDim, kVDim>& shared;
   const int query0, row;  // of the block, and where in it the warp's begin
   Fragments<kDown, kDim / 8> dq = {};
   Statistics rows[kDown][2];
 
-  __device__ Work(const Backward<T>& b, Shared<T, kDim>& shared, const Block& block)
+  __device__ Work(const Backward<T>& b, Shared<T, kDim, kVDim>& shared, const Block& block)
       : b(b),
         block(block),
         scores(b.a, block, block.head),
         kept(b.a.options.dropout, block.index, b.a.size.seq_q),
         shared(shared),
-        query0(block.tile * Shape<kDim>::kQueries),
+        query0(block.tile * Shape<kDim, kVDim>::kQueries),
         row(threadIdx.x / kWarpSize * 16 * kDown) {}
 
   __device__ bool is_exact() const { return kScored && b.exact; }
@@ -76,7 +78,8 @@ struct Work {
 
   // sum(dout out), by as many lanes a row as it has accesses.
   __device__ void multiply_outputs() {
-    constexpr int kWidth = kVector<T>, kLanes = kDim / kWidth, kRows = kWarpSize / kLanes;
+    constexpr int kWidth = kVector<T>, kLanes = kVDim == 96 ? 16 : kVDim / kWidth;
+    constexpr int kRows = kWarpSize / kLanes;
     const int lane = threadIdx.x % kWarpSize, col = lane % kLanes * kWidth;
     const Sizes& size = b.a.size;
     const T* out = b.out.of(block.first_q, block.head);
@@ -102,7 +105,7 @@ struct Work {
       for (int other = kLanes / 2; other > 0; other /= 2) {
         sum += __shfl_xor_sync(0xffffffff, sum, other);
       }
-      if (lane % kLanes == 0) shared.delta[r] = sum;
+      if (lane % kLanes == 0) shared.dout.beside(r).x = sum;
     }
     __syncwarp();
   }
@@ -118,7 +121,7 @@ struct Work {
       const int64_t place = b.a.lines.of(block.first_q, block.head) + query;
       const float total = b.total[place];
       if (total == 0.f) continue;
-      mine = {b.highest[place], 1.f / total, is_exact() ? 0.f : shared.delta[r]};
+      mine = {b.highest[place], 1.f / total, is_exact() ? 0.f : shared.dout.beside(r).x};
     }
   }
 
@@ -187,10 +190,10 @@ struct Work {
 };
 
 // What a block does.
-template <typename T, int kDim, bool kScored>
+template <typename T, int kDim, int kVDim, bool kScored>
 __device__ void backward(const Backward<T>& b, Block block) {
-  constexpr int kQueries = Shape<kDim>::kQueries, kKeys = Shape<kDim>::kKeys;
-  auto& shared = *reinterpret_cast<Shared<T, kDim>*>(dynamic_shared());
+  constexpr int kQueries = Shape<kDim, kVDim>::kQueries, kKeys = Shape<kDim, kVDim>::kKeys;
+  auto& shared = *reinterpret_cast<Shared<T, kDim, kVDim>*>(dynamic_shared());
   const Attention<T>& a = b.a;
   const Sizes& size = a.size;
   const int tiles = (block.seq_q + kQueries - 1) / kQueries;
@@ -200,7 +203,7 @@ __device__ void backward(const Backward<T>& b, Block block) {
                    a.options.right, block.seq_k, kKeys);
   const T* k = a.k.of(block.first_k, block.head / a.group());
   const T* v = a.v.of(block.first_k, block.head / a.group());
-  Work<T, kDim, kScored> work(b, shared, block);
+  Work<T, kDim, kVDim, kScored> work(b, shared, block);
   const auto stream = [&](int n) {
     const int key0 = keys.at(n) * kKeys;
     const uint8_t* shown = kScored ? work.scores.shown : nullptr;
@@ -227,7 +230,7 @@ __device__ void backward(const Backward<T>& b, Block block) {
   if (count > 0) stream(0);
   work.begin();
   if (work.is_exact()) {
-    Fragments<Shape<kDim>::kDown, 1> sums = {};
+    Fragments<Shape<kDim, kVDim>::kDown, 1> sums = {};
 #pragma unroll 1
     for (int n = 0; n < count; ++n) {
       arrive(n);
@@ -251,16 +254,16 @@ __device__ void backward(const Backward<T>& b, Block block) {
   work.end();
 }
 
-template <typename T, int kDim, bool kScored>
+template <typename T, int kDim, int kVDim, bool kScored>
 __global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
     queries_backward_kernel(const Backward<T> b) {
-  backward<T, kDim, kScored>(b, Block(b.a.size, b.a.size.heads));
+  backward<T, kDim, kVDim, kScored>(b, Block(b.a.size, b.a.size.heads));
 }
 
-template <typename T, int kDim, bool kScored>
+template <typename T, int kDim, int kVDim, bool kScored>
 __global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
     packed_queries_backward_kernel(const Backward<T> b, const Packed packed) {
-  backward<T, kDim, kScored>(b, Block(b.a.size, b.a.size.heads, packed));
+  backward<T, kDim, kVDim, kScored>(b, Block(b.a.size, b.a.size.heads, packed));
 }
 
 }  // namespace
@@ -324,17 +327,18 @@ cudaError_t attention_queries_backward(
                   highest,
                   total,
                   exact};
-    return for_width(size, is_scored(b.a) || ds || exact, [&](auto width, auto scored) {
-      constexpr int kDim = decltype(width)::value, kQueries = Shape<kDim>::kQueries;
+    return for_widths(size, is_scored(b.a) || ds || exact, [&](auto widths, auto scored) {
+      constexpr int kDim = decltype(widths)::kDim, kVDim = decltype(widths)::kVDim;
+      constexpr int kQueries = Shape<kDim, kVDim>::kQueries;
       constexpr bool kScored = decltype(scored)::value;
-      constexpr int64_t kShared = sizeof(Shared<T, kDim>);
+      constexpr int64_t kShared = sizeof(Shared<T, kDim, kVDim>);
       const auto run = [&] {
         if (ends_q) {
-          return launch_tiles(packed_queries_backward_kernel<T, kDim, kScored>, batch * heads,
-                              tiles_of(std::min(seq_q, rows_q), kQueries), kShared, stream, b,
-                              packed);
+          return launch_tiles(packed_queries_backward_kernel<T, kDim, kVDim, kScored>,
+                              batch * heads, tiles_of(std::min(seq_q, rows_q), kQueries), kShared,
+                              stream, b, packed);
         }
-        return launch_tiles(queries_backward_kernel<T, kDim, kScored>, batch * heads,
+        return launch_tiles(queries_backward_kernel<T, kDim, kVDim, kScored>, batch * heads,
                             tiles_of(seq_q, kQueries), kShared, stream, b);
       };
       if (ds && dq && softcap != 0.f) {  // of scores before the cap, and after it

@@ -14,6 +14,8 @@ struct Tile {
   T at[kRows * kPitch];
 
   __device__ T* row(int i) { return at + i * kPitch; }
+  // Four numbers of a row, in its padding.
+  __device__ float4& beside(int i) { return *reinterpret_cast<float4*>(row(i) + kDim); }
 };
 
 // Fetch the rows from row0 on of a head of so many rows and columns; what lies outside, and rows
@@ -22,20 +24,28 @@ template <bool kWide, typename T, int kRows, int kDim>
 __device__ void fetch_rows(Tile<T, kRows, kDim>& to, const T* from, int64_t stride, int row0,
                            int rows, int cols, const uint8_t* shown, int64_t shown_stride) {
   constexpr int kWidth = kWide ? kVector<T> : 1, kAccesses = kDim / kWidth;
-  constexpr int kStep = kAttentionThreads / kAccesses;  // rows at once
-  static_assert(kAttentionThreads % kAccesses == 0 && kRows % kStep == 0);
-  const int first = threadIdx.x / kAccesses, col = threadIdx.x % kAccesses * kWidth;
+  // The greatest power of two of accesses that divides a row's, and the threads.
+  constexpr int kBoth = kAccesses | kAttentionThreads, kAcross = kBoth & -kBoth;
+  constexpr int kTimes = kAccesses / kAcross, kStep = kAttentionThreads / kAcross;
+  static_assert(kRows % kStep == 0);
+  const int first = threadIdx.x / kAcross, col = threadIdx.x % kAcross * kWidth;
   const T* source = from + (row0 + first) * stride + col;
   T* place = to.row(first) + col;
 #pragma unroll(kWide ? 16 : 1)
   for (int r = 0; r < kRows; r += kStep) {
     const int row = row0 + first + r;
-    bool inside = row < rows && col < cols;
-    if (inside && shown) inside = shown[row * shown_stride] != 0;
-    if constexpr (kWide) {
-      copy_async<kAccessBytes>(place, inside ? source : from, inside ? kAccessBytes : 0);
-    } else {
-      *place = inside ? *source : from_float<T>(0.f);
+    bool there = row < rows && col < cols;
+    if (there && shown) there = shown[row * shown_stride] != 0;
+#pragma unroll
+    for (int i = 0; i < kTimes; ++i) {
+      const int skipped = i * kAcross * kWidth;
+      const bool inside = there && (i == 0 || col + skipped < cols);
+      if constexpr (kWide) {
+        copy_async<kAccessBytes>(place + skipped, inside ? source + skipped : from,
+                                 inside ? kAccessBytes : 0);
+      } else {
+        place[skipped] = inside ? source[skipped] : from_float<T>(0.f);
+      }
     }
     source += kStep * stride;
     place += kStep * Tile<T, kRows, kDim>::kPitch;
@@ -155,23 +165,24 @@ __device__ void multiply_down(Fragments<kDown, kDim / 8>& d, const Fragments<kDo
   }
 }
 
-// Write a warp's sums, which are its rows of `tile` from row on, to rows row0 + row of a head.
-// Only this warp may have use for these rows of the tile.
-template <bool kAlwaysWide, typename T, int kDown, int kRows, int kDim>
-__device__ void put_rows(T* to, int64_t stride, const Fragments<kDown, kDim / 8>& d,
+// Write a warp's sums to rows row0 + row of a head, by way of its rows of a tile that is as wide or
+// wider, from row on: only this warp may have use for these.
+template <bool kAlwaysWide, typename T, int kDown, int kAcross, int kRows, int kDim>
+__device__ void put_rows(T* to, int64_t stride, const Fragments<kDown, kAcross>& d,
                          Tile<T, kRows, kDim>& tile, int row, int row0, int rows, int cols,
                          bool wide) {
+  static_assert(8 * kAcross <= kDim);
   const int lane = threadIdx.x % kWarpSize;
   __syncwarp();
 #pragma unroll
-  for (int i = 0; i < kDown * kDim / 4; ++i) {
-    const int m = i / (kDim / 4), n = i / 2 % (kDim / 8), half = i % 2;
+  for (int i = 0; i < kDown * kAcross * 2; ++i) {
+    const int m = i / (kAcross * 2), n = i / 2 % kAcross, half = i % 2;
     T* place = tile.row(row + 16 * m + 8 * half + lane / 4) + 8 * n + 2 * (lane % 4);
     const float* pair = &d[m][n][2 * half];
     *reinterpret_cast<uint32_t*>(place) = rounded_pair<T>(pair[0], pair[1]);
   }
   __syncwarp();
-  constexpr int kAccesses = kDim / kVector<T>;
+  constexpr int kAccesses = 8 * kAcross / kVector<T>;
 #pragma unroll 1
   for (int i = lane; i < 16 * kDown * kAccesses; i += kWarpSize) {
     const int r = row + i / kAccesses, col = i % kAccesses * kVector<T>;

@@ -27,7 +27,7 @@ from tilewise.rng import as_arguments, seed_and_offset
 
 BACKENDS = backends_of(
     "attention",
-    cuda=up_to(128, 2**29),  # sums in registers; places are ints
+    cuda=up_to(256, 2**29),  # sums in registers; places are ints
     cuda_dtypes=HALVES,  # what tensor cores take
     numba=takes_all,
     triton=up_to(256),  # a tile in registers

@@ -27,7 +27,7 @@ from tilewise.rng import as_arguments, seed_and_offset
 # --- What PyTorch sees.
 
 PACKED_BACKENDS = backends_of(
-    "attention", cuda=up_to(128, 2**29), cuda_dtypes=HALVES, numba=takes_all, triton=up_to(256)
+    "attention", cuda=up_to(256, 2**29), cuda_dtypes=HALVES, numba=takes_all, triton=up_to(256)
 )
 
 # As `attention_forward` and `attention_backward`, of q [total_q, heads, dim], k and v [total_k,
