@@ -53,6 +53,26 @@ cudaError_t sample_top_k(void* values, int64_t* indices, int64_t* room, const vo
                          int64_t vocab, int64_t x_stride, int64_t wanted, int64_t room_stride,
                          DType dtype, cudaStream_t stream);
 
+// Several draws from each row. places: [rows, count]. Rows that are not held must come without
+// weights: as scores, from sample_scores. Draw n is at the offset + n, of weights or logits:
+cudaError_t sample_several(int64_t* places, const void* x, int64_t rows, int64_t vocab,
+                           int64_t x_stride, int64_t count, bool are_weights, const int64_t* seeds,
+                           const int64_t* offsets, int64_t seed_stride, int64_t offset_stride,
+                           int64_t seed, int64_t offset, DType dtype, cudaStream_t stream);
+
+// None twice, of weights, or of scores with noise. room: as above.
+cudaError_t sample_distinct(int64_t* places, int64_t* room, const void* x, int64_t rows,
+                            int64_t vocab, int64_t x_stride, int64_t count, int64_t room_stride,
+                            bool are_weights, const int64_t* seeds, const int64_t* offsets,
+                            int64_t seed_stride, int64_t offset_stride, int64_t seed,
+                            int64_t offset, DType dtype, cudaStream_t stream);
+
+// y: [rows, vocab in whole fours], the logarithms of weights, with or without noise.
+cudaError_t sample_scores(float* y, const void* x, int64_t rows, int64_t vocab, int64_t x_stride,
+                          bool has_noise, const int64_t* seeds, const int64_t* offsets,
+                          int64_t seed_stride, int64_t offset_stride, int64_t seed, int64_t offset,
+                          DType dtype, cudaStream_t stream);
+
 // Either of kept, in the dtype of x, and probabilities: [rows, vocab], is null.
 cudaError_t sample_filter(void* kept, float* probabilities, const void* x, int64_t rows,
                           int64_t vocab, int64_t x_stride, const int64_t* each_top_k,

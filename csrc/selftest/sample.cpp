@@ -1,93 +1,20 @@
-#include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <functional>
-#include <limits>
-#include <numeric>
 #include <tuple>
 
 #include "sample_launchers.h"
-#include "selftest/dropout.h"
-#include "selftest/selftest.h"
+#include "selftest/sampling.h"
 
 namespace tilewise::selftest {
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int64_t kSeed = (int64_t{5} << 40) + 7, kOffset = (int64_t{3} << 33) + 3;
-
-// Options with values that are exact in every dtype; `length` of them is none.
-struct Options {
-  int64_t length = 0, top_k = 0;
-  float temperature = 0.75f, top_p = 1, min_p = 0;
-  float repetition = 1, presence = 0, frequency = 0;
-  bool has_own_seeds = false;
-};
-
-bool is_allowed(int64_t col) { return col % 5 != 3; }
-double bias_of(int64_t col) { return static_cast<double>(col * 7 % 9) / 4 - 1; }
-
 int64_t wanted_of(const Size& size) { return std::min<int64_t>(size.cols, 5); }
-
-// Of each row some tokens often, others once; padding, and what is no token.
-std::vector<int64_t> history_of(const Size& size, const Options& options) {
-  std::vector<int64_t> history;
-  for (int64_t i = 0; i < size.rows * options.length; ++i) {
-    const int64_t token = i * i % (size.cols + 3) - 2;
-    history.push_back(i % 3 == 0 ? token / 2 : token);
-  }
-  return history;
-}
-
-// How far the logits of one row are below the largest, over the temperature; -inf where a token is
-// cut.
-template <typename Real>
-std::vector<Real> gaps_of(const Size& size, const Options& options, const Values& x, int64_t row) {
-  const auto cols = static_cast<size_t>(size.cols);
-  std::vector<Real> logits(cols);
-  std::vector<int> counts(cols);
-  const std::vector<int64_t> history = history_of(size, options);
-  for (int64_t i = row * options.length; i < (row + 1) * options.length; ++i) {
-    const int64_t token = history[static_cast<size_t>(i)];
-    if (0 <= token && token < size.cols) ++counts[static_cast<size_t>(token)];
-  }
-  for (size_t j = 0; j < cols; ++j) {
-    auto l = static_cast<Real>(x[static_cast<size_t>(row) * cols + j]);
-    if (counts[j]) {
-      l = l > 0 ? l / Real(options.repetition) : l * Real(options.repetition);
-      l -= Real(options.frequency) * Real(counts[j]) + Real(options.presence);
-    }
-    if (options.length) l += Real(bias_of(static_cast<int64_t>(j)));
-    logits[j] = !options.length || is_allowed(static_cast<int64_t>(j)) ? l : Real(-kInfinity);
-  }
-  std::vector<size_t> ranked(cols);
-  std::iota(ranked.begin(), ranked.end(), size_t{0});
-  std::stable_sort(ranked.begin(), ranked.end(),
-                   [&](size_t a, size_t b) { return logits[a] > logits[b]; });
-  if (options.top_k) ranked.resize(std::min(cols, static_cast<size_t>(options.top_k)));
-  const Real top = logits[ranked[0]];
-  const auto gap = [&](size_t j) { return (logits[j] - top) / Real(options.temperature); };
-  double all = 0, before = 0;
-  for (size_t j : ranked) all += std::exp(static_cast<double>(gap(j)));
-  std::vector<Real> gaps(cols, Real(-kInfinity));
-  for (size_t j : ranked) {
-    const double mass = std::exp(static_cast<double>(gap(j)));
-    if (options.top_p < 1 && before >= double{options.top_p} * all) break;
-    before += mass;
-    if (mass >= double{options.min_p}) gaps[j] = gap(j);
-  }
-  return gaps;
-}
 
 // With noise: the largest is drawn.
 template <typename Real>
-std::vector<Real> scores_of(const Options& options, std::vector<Real> gaps, int64_t row) {
-  const int64_t own = options.has_own_seeds ? row : 0;
+std::vector<Real> scores_of(const Places& places, std::vector<Real> gaps, int64_t row) {
   for (size_t j = 0; j < gaps.size(); ++j) {
     if (gaps[j] == Real(-kInfinity)) continue;
-    const uint32_t word = word_of(kSeed + own, kOffset - own, options.has_own_seeds ? 0 : row,
-                                  static_cast<int64_t>(j));
-    gaps[j] += Real(-std::log(-std::log((word + 0.5) / 0x1p32)));
+    gaps[j] += places.noise<Real>(row, 0, static_cast<int64_t>(j));
   }
   return gaps;
 }
@@ -97,10 +24,11 @@ std::vector<Real> scores_of(const Options& options, std::vector<Real> gaps, int6
 template <typename Real>
 std::vector<Values> reference(const Size& size, const Options& options, const Values& x) {
   const auto cols = static_cast<size_t>(size.cols);
+  const Places places(size.rows, options.has_own_seeds);
   Values scores, logprobs, probabilities, largest;
   for (int64_t row = 0; row < size.rows; ++row) {
     const std::vector<Real> gaps = gaps_of<Real>(size, options, x, row);
-    const std::vector<Real> noisy = scores_of<Real>(options, gaps, row);
+    const std::vector<Real> noisy = scores_of<Real>(places, gaps, row);
     const auto best = std::max_element(noisy.begin(), noisy.end());
     const Real sum = total<Real>(0, cols, [&](size_t j) { return std::exp(gaps[j]); });
     scores.push_back(static_cast<double>(*best));
@@ -131,18 +59,14 @@ std::vector<int32_t> mask_of(const Size& size) {
 // near as rounding was drawn is not said.
 Run run(const Size& size, const Options& options, const Values& x, DType dtype) {
   const int64_t rows = size.rows, cols = size.cols, stride = cols + size.gap;
-  std::vector<int64_t> seeds, offsets;
-  for (int64_t row = 0; options.has_own_seeds && row < rows; ++row) {
-    seeds.push_back(kSeed + row);
-    offsets.push_back(kOffset - row);
-  }
+  const Places places(rows, options.has_own_seeds);
   Values bias;
   for (int64_t col = 0; options.length && col < cols; ++col) bias.push_back(bias_of(col));
   const bool is_adjusted = options.length && !sample_is_held(rows, cols);
   const Array given(dtype, x, rows, stride), history(history_of(size, options));
   const Array biases(DType::f32, bias),
       mask(options.length ? mask_of(size) : std::vector<int32_t>());
-  const Array own_seeds(seeds), own_offsets(offsets);
+  const Array own_seeds(places.seeds), own_offsets(places.offsets);
   const Array room(DType::f32, is_adjusted ? rows * ((cols + 3) / 4 * 4) : 0);
   const Array tokens(std::vector<int64_t>(static_cast<size_t>(rows), -7));
   const void* x_at = given.at();
@@ -162,8 +86,7 @@ Run run(const Size& size, const Options& options, const Values& x, DType dtype) 
       options.length, unless_adjusted(biases.at<float>()), int64_t{0},
       unless_adjusted(mask.at<int32_t>()), (cols + 31) / 32, options.top_k, options.temperature,
       options.top_p, options.min_p, options.repetition, options.presence, options.frequency);
-  const auto draws = std::make_tuple(own_seeds.at<int64_t>(), own_offsets.at<int64_t>(),
-                                     options.has_own_seeds, options.has_own_seeds, kSeed, kOffset);
+  const auto draws = arguments(places, own_seeds, own_offsets);
   const auto last = std::make_tuple(is_adjusted ? DType::f32 : dtype, nullptr);
   must_succeed(std::apply(sample_forward, std::tuple_cat(std::make_tuple(tokens.at<int64_t>()),
                                                          logits, filters, draws, last)),
@@ -188,16 +111,15 @@ Run run(const Size& size, const Options& options, const Values& x, DType dtype) 
                             rows, cols, stride, wanted, room_stride, dtype, nullptr),
                "sample_top_k");
   Run run;
-  const std::vector<unsigned char> bits = tokens.bits();
   Values scores;
+  const std::vector<int64_t> drawn = integers(tokens);
   for (int64_t row = 0; row < rows; ++row) {
-    int64_t token;
-    std::memcpy(&token, &bits[static_cast<size_t>(row) * sizeof token], sizeof token);
+    const int64_t token = drawn[static_cast<size_t>(row)];
     const bool is_token = 0 <= token && token < cols;
-    const auto noisy = scores_of(options, gaps_of<double>(size, options, x, row), row);
+    const auto noisy = scores_of(places, gaps_of<double>(size, options, x, row), row);
     scores.push_back(is_token ? noisy[static_cast<size_t>(token)] : std::nan(""));
   }
-  run.bits = bits;
+  run.bits = tokens.bits();
   run.outputs.push_back({"tokens", DType::f32, 1, scores});
   keep(run, "logprobs", DType::f32, 1, logprobs);
   keep(run, "probabilities", DType::f32, cols, probabilities);

@@ -17,16 +17,17 @@ def packed(logits: Tensor, options: tuple) -> tuple[tuple, tuple]:
     each, sources, numbers = options[:7], options[7:10], options[10:COUNT]
     rows, vocab = logits.shape
     if any(x is not None for x in sources) and not _cuda.sample_is_held(rows, vocab):
-        adjusted = logits.new_empty(rows, -(-vocab // GROUP) * GROUP, dtype=torch.float32)
+        adjusted = room_for_rows(logits)
         _cuda.sample_adjust(
-            address(adjusted), *_rows(logits), *map(address, each[4:]), *_sources(*sources),
+            address(adjusted), *packed_rows(logits), *map(address, each[4:]), *_sources(*sources),
             *numbers[4:], DTYPES[logits.dtype], stream(logits),
         )  # fmt: skip
-        logits, sources = adjusted[:, :vocab], (None, None, None)
-    return (logits, *_rows(logits)), (*map(address, each), *_sources(*sources), *numbers)
+        logits, sources = adjusted, (None, None, None)
+    return (logits, *packed_rows(logits)), (*map(address, each), *_sources(*sources), *numbers)
 
 
-def _rows(logits: Tensor) -> tuple[int, ...]:
+def packed_rows(logits: Tensor) -> tuple[int, ...]:
+    """Where rows are, how many and how long, and how far apart."""
     return address(logits), *logits.shape, logits.stride(0)
 
 
@@ -44,6 +45,12 @@ def packed_draws(
     """Addresses of seeds and offsets, how far those of rows are apart, and those for all."""
     strides = (0 if t is None else t.ndim for t in (seeds, offsets))
     return address(seeds), address(offsets), *strides, seed, offset
+
+
+def room_for_rows(logits: Tensor) -> Tensor:
+    """Rows in fp32 for those that are too long to be held, each from a whole group on."""
+    rows, vocab = logits.shape
+    return logits.new_empty(rows, -(-vocab // GROUP) * GROUP, dtype=torch.float32)[:, :vocab]
 
 
 def room_for_ranked(x: Tensor, count: int) -> Tensor:

@@ -5,8 +5,17 @@ import torch
 from torch import Tensor
 
 from tilewise import _cuda
+from tilewise.kernels.cuda._multinomial import multinomial_forward
 from tilewise.kernels.cuda._options import COUNT, OFF, packed, packed_draws, room_for_ranked
 from tilewise.kernels.cuda._shared import DTYPES, address, stream
+
+__all__ = [
+    "filter_logits_forward",
+    "multinomial_forward",
+    "sample_forward",
+    "sample_with_logprobs_forward",
+    "top_k_forward",
+]
 
 
 def sample_forward(logits: Tensor, *arguments) -> Tensor:

@@ -69,6 +69,29 @@ def test_draws_with_replacement_are_those_at_the_next_offsets(backend):
     assert torch.equal(together[:, 0], tokens)
 
 
+@pytest.mark.parametrize("vocab, rows", [(4099, 130), (50257, 4)])
+def test_no_place_depends_on_how_its_row_is_shared_out(backend, vocab, rows, monkeypatch):
+    """One block a row, a cluster that holds it, one that reads it again; teams that share draws."""
+    if backend != "cuda":
+        pytest.skip(f"{backend}: has none of these ways")
+    logits = torch.stack([row_of_logits(vocab, seed) for seed in range(rows)])
+    seeds = torch.arange(rows, device=DEVICE) + 7
+
+    def drawn(i):
+        options = {"seed": seeds[i], "backend": backend}
+        several = tilewise.multinomial(logits[i].exp(), 5, True, **options)
+        distinct = tilewise.multinomial(logits[i].exp(), 5, **options)
+        one = tilewise.gumbel_argmax(logits[i], **options)
+        return torch.cat([several, distinct, one[:, None]], 1)
+
+    together = drawn(slice(None))
+    assert torch.equal(together[:, 0], together[:, 5])
+    for major in "98" if DEVICE == "cpu" else "9":  # which only the emulator asks for
+        monkeypatch.setenv("TILEWISE_EMULATION_MAJOR", major)
+        for i in range(min(rows, 4)):
+            assert torch.equal(drawn(slice(i, i + 1)), together[i : i + 1])
+
+
 def test_the_rest_is_missing_and_bad_rows_are_not_drawn(backend):
     probs = torch.zeros(6, 200, device=DEVICE)
     probs[0, [3, 190]] = 1.0

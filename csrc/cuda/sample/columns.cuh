@@ -82,6 +82,10 @@ struct Columns {
   int vocab;     // of the row
   bool is_wide;  // whether all its accesses are aligned, and to be had in whole
 
+  __device__ float of(int column) const {
+    return without_sign_of_zero(to_float(at[column - slice.begin]));
+  }
+
   // Call body(column, values) for each group of the thread's; behind the row is -inf.
   template <typename Body>
   __device__ void each(Body body) const {
@@ -100,6 +104,35 @@ struct Columns {
     }
   }
 };
+
+// Write a slice of the row x at `to`, each access after change(values, its place in the slice), and
+// -inf behind it up to a whole group; find the largest. What change makes of -inf behind the slice
+// does not count.
+template <typename T, typename Change>
+__device__ Best write_changed(float* to, const T* x, bool is_wide, const Slice& slice,
+                              Change change) {
+  constexpr int kWidth = kVector<T>;
+  const int count = slice.end - slice.begin;
+  Best best = Best::nothing();
+  for (int j = threadIdx.x * kWidth; j < count; j += blockDim.x * kWidth) {
+    float v[kWidth];
+    const int col = slice.begin + j;
+    if (is_wide && j + kWidth <= count) {
+      unpack(v, read<kWidth>(x + col, true));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) v[i] = j + i < count ? to_float(x[col + i]) : -INFINITY;
+    }
+    change(v, j);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      v[i] = j + i < count ? without_sign_of_zero(v[i]) : -INFINITY;
+      if (j + i < count) consider(best, v[i], col + i);
+      if (j + i < padded(count)) to[j + i] = v[i];
+    }
+  }
+  return best;
+}
 
 // How rows are shared out.
 struct Regime {

@@ -23,29 +23,20 @@ __global__ void __launch_bounds__(kRowThreads, 2) filter_kernel(Filtered<T> out,
   largest = team.reduce(largest);
 
   const bool is_good = filters.can && !largest.has_nan, can = largest.value > -INFINITY;
-  const Masses masses{largest.value, filters.temperature};
-  Cut cut = no_cut();
-  float whole = 1.f;
+  Left left{};
   if (is_good && can) {
-    cut = cut_of(cluster, bins, columns, filters, largest);
-    if (out.probabilities) {
-      const uint64_t all = mass_of(cluster, bins, columns, masses, cut);
-      whole = static_cast<float>(all) * 0x1p-40f;
-    }
+    left = left_of(cluster, bins, columns, filters, largest, out.probabilities != nullptr);
   }
   const float scale = filters.temperature > 0.f ? filters.temperature : 1.f;
   columns.each([&](int col, const float (&v)[kGroup]) {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       if (col + i >= columns.slice.end) continue;
-      // Beside an infinite logit nothing else is left.
-      const bool is_left =
-          can && cut.keeps(v[i], col + i) && (largest.value < INFINITY || v[i] == largest.value);
       if (out.probabilities) {
-        const float p = is_left ? __fdiv_rn(expf(masses.gap(v[i])), whole) : 0.f;
-        out.probabilities[begin + col + i] = is_good && can ? p : NAN;
+        out.probabilities[begin + col + i] = is_good && can ? left.probability(v[i], col + i) : NAN;
       } else {
-        const float kept = is_left ? __fdiv_rn(v[i], scale) : -INFINITY;
+        const bool is_kept = can && left.keeps(v[i], col + i);
+        const float kept = is_kept ? __fdiv_rn(v[i], scale) : -INFINITY;
         out.logits[begin + col + i] = from_float<T>(is_good ? kept : NAN);
       }
     }

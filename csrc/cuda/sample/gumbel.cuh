@@ -17,6 +17,7 @@ struct Draws {
 struct Noise {
   uint64_t seed, offset;
   uint32_t row;
+  uint32_t first_group = 0;  // of the columns, where column 0 is
 
   __device__ Noise(const Draws& draws, int64_t row)
       : seed(draws.seeds ? draws.seeds[row * draws.seed_stride] : draws.seed),
@@ -24,7 +25,7 @@ struct Noise {
         row(draws.seed_stride ? 0 : static_cast<uint32_t>(row)) {}
 
   __device__ PhiloxWords words(int col) const {
-    return philox(seed, offset, row, static_cast<uint32_t>(col) / kPhiloxGroup);
+    return philox(seed, offset, row, first_group + static_cast<uint32_t>(col) / kPhiloxGroup);
   }
 
   __device__ uint32_t word(int col) const {
@@ -51,18 +52,16 @@ __device__ inline uint32_t lowest_word(float words) {
   return words < kMostWords ? 0xfffffffeu - static_cast<uint32_t>(words) : 0;
 }
 
-// The token with the largest score among the thread's own and the first in rank, which is kept.
-template <typename Row>
-__device__ Best draw(const Row& row, const Masses& masses, const Best& largest, Cut cut,
-                     const Noise& noise) {
-  Best best{gumbel(noise.word(largest.column)), largest.column, 0};
+// The token with the largest sum of gap(logit, column) and noise among the thread's own, and the
+// best of before. A gap of -inf is never drawn.
+template <typename Row, typename Gap>
+__device__ Best draw(const Row& row, Best best, const Noise& noise, Gap gap) {
   row.each([&](int col, const float (&v)[kGroup]) {
     float words[kGroup];
     bool can = false;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      const bool is_kept = cut.keeps(v[i], col + i);
-      words[i] = is_kept ? expf(masses.gap(v[i]) - best.value) * kWordsOfMass : 0.f;
+      words[i] = expf(gap(v[i], col + i) - best.value) * kWordsOfMass;
       can |= words[i] >= 0.5f;
     }
     if (!can) return;
@@ -70,11 +69,21 @@ __device__ Best draw(const Row& row, const Masses& masses, const Best& largest, 
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       if (words[i] >= 0.5f && drawn.at[i] >= lowest_word(words[i])) {
-        consider(best, masses.gap(v[i]) + gumbel(drawn.at[i]), col + i);
+        consider(best, gap(v[i], col + i) + gumbel(drawn.at[i]), col + i);
       }
     }
   });
   return best;
+}
+
+// Of the tokens that a cut keeps, the first in rank among them: its gap is none.
+template <typename Row>
+__device__ Best draw(const Row& row, const Masses& masses, const Best& largest, Cut cut,
+                     const Noise& noise) {
+  const Best first{gumbel(noise.word(largest.column)), largest.column, 0};
+  return draw(row, first, noise, [&](float v, int column) {
+    return cut.keeps(v, column) ? masses.gap(v) : -INFINITY;
+  });
 }
 
 }  // namespace tilewise

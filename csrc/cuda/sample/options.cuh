@@ -73,9 +73,9 @@ __device__ inline Filters filters_of(const SampleOptions& options, int64_t row) 
   return {t, p, m, k, can};
 }
 
-// Write a slice of row `row`, adjusted, at `to`, and -inf behind it up to a whole group; find the
-// largest. The penalised tokens are counted where the slice is to be, so that they take no memory
-// of their own, and as much time as there are tokens and columns.
+// Write a slice of row `row`, adjusted, as write_changed does. The penalised tokens are counted where
+// the slice is to be, so that they take no memory of their own, and as much time as there are
+// tokens and columns.
 template <typename T>
 __device__ Best write_slice(float* to, const T* x, bool is_wide, const Slice& slice,
                             const SampleOptions& options, int64_t row) {
@@ -96,33 +96,18 @@ __device__ Best write_slice(float* to, const T* x, bool is_wide, const Slice& sl
   const Penalties penalties = penalties_of(options, row);
   const float* bias = options.bias ? options.bias + row * options.bias_stride : nullptr;
   const uint32_t* mask = options.mask ? options.mask + row * options.mask_stride : nullptr;
-  Best best = Best::nothing();
-  for (int j = threadIdx.x * kWidth; j < count; j += blockDim.x * kWidth) {
-    float v[kWidth];
+  return write_changed(to, x, is_wide, slice, [&](auto& v, int j) {
     const int col = slice.begin + j;
-    if (is_wide && j + kWidth <= count) {
-      unpack(v, read<kWidth>(x + col, true));
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) v[i] = j + i < count ? to_float(x[col + i]) : -INFINITY;
-    }
     const uint32_t allowed = mask ? mask[col / 32] >> (col % 32) : ~0u;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      if (j + i < count) {
-        const int times = options.history ? __float_as_int(to[j + i]) : 0;
-        if (times > 0) v[i] = penalties.of(v[i], times);
-        if (bias) v[i] = __fadd_rn(v[i], bias[col + i]);
-        v[i] = allowed >> i & 1 ? without_sign_of_zero(v[i]) : -INFINITY;
-        consider(best, v[i], col + i);
-      }
+      if (j + i >= count) continue;
+      const int times = options.history ? __float_as_int(to[j + i]) : 0;
+      if (times > 0) v[i] = penalties.of(v[i], times);
+      if (bias) v[i] = __fadd_rn(v[i], bias[col + i]);
+      if (!(allowed >> i & 1)) v[i] = -INFINITY;
     }
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      if (j + i < padded(count)) to[j + i] = v[i];
-    }
-  }
-  return best;
+  });
 }
 
 // A row of which nothing is written: what was given is what is drawn from.

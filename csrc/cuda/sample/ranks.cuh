@@ -286,4 +286,32 @@ __device__ Cut cut_of(const Cluster& cluster, Bins& bins, const Row& row, const 
   return cut;
 }
 
+// What is left of a row after all filters.
+struct Left {
+  Masses masses;
+  Cut cut;
+  float whole;  // the mass of all that is
+
+  // Beside an infinite logit nothing else is left.
+  __device__ bool keeps(float v, int column) const {
+    return cut.keeps(v, column) && (masses.top < INFINITY || v == masses.top);
+  }
+  __device__ float probability(float v, int column) const {
+    return keeps(v, column) ? __fdiv_rn(expf(masses.gap(v)), whole) : 0.f;
+  }
+};
+
+// As of cut_of.
+template <typename Row>
+__device__ Left left_of(const Cluster& cluster, Bins& bins, const Row& row, const Filters& filters,
+                        const Best& largest, bool weighs) {
+  Left left{{largest.value, filters.temperature}, no_cut(), 1.f};
+  left.cut = cut_of(cluster, bins, row, filters, largest);
+  if (weighs) {
+    const uint64_t all = mass_of(cluster, bins, row, left.masses, left.cut);
+    left.whole = static_cast<float>(all) * 0x1p-40f;
+  }
+  return left;
+}
+
 }  // namespace tilewise

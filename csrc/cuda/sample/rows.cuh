@@ -15,17 +15,17 @@ struct Logits {
   bool is_wide;  // whether accesses to x are aligned; and, of rows that are not held, whole
 };
 
-// What a block works on: its slice in shared memory, adjusted, or where it was given. `best` is
-// the largest logit of the thread's.
-template <bool kHeld, typename T>
-__device__ auto columns_of(const Logits<T>& logits, const Cluster& cluster, int64_t row,
-                           Best& best) {
+// What a block works on: its slice in shared memory, as write(to, x, slice) has it, or where it was
+// given. `best` is the largest logit of the thread's.
+template <bool kHeld, typename T, typename Write>
+__device__ auto columns_of(const Logits<T>& logits, const Cluster& cluster, int64_t row, Best& best,
+                           Write write) {
   const int vocab = static_cast<int>(logits.vocab);
   const T* x = logits.x + row * logits.x_stride;
   const Slice slice(cluster, logits.slice, logits.vocab);
   if constexpr (kHeld) {
     float* held = dynamic_shared();
-    best = write_slice(held, x, logits.is_wide, slice, logits.options, row);
+    best = write(held, x, slice);
     __syncthreads();
     return Columns<float>{held, slice, vocab, true};
   } else {
@@ -33,6 +33,16 @@ __device__ auto columns_of(const Logits<T>& logits, const Cluster& cluster, int6
     best = largest_of(columns);
     return columns;
   }
+}
+
+// The same of logits, adjusted.
+template <bool kHeld, typename T>
+__device__ auto columns_of(const Logits<T>& logits, const Cluster& cluster, int64_t row,
+                           Best& best) {
+  return columns_of<kHeld>(
+      logits, cluster, row, best, [&](float* to, const T* x, const Slice& slice) {
+        return write_slice(to, x, logits.is_wide, slice, logits.options, row);
+      });
 }
 
 // Call body(logits, regime, is_held) with their C++ type. Rows that are not held come adjusted.

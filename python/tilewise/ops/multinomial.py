@@ -52,7 +52,7 @@ def multinomial(
         offset: As of `tilewise.sample`.
         generator: As of `tilewise.sample`.
         check_inputs: Raise where a row weighs nothing or has a bad weight. Waits for the device.
-        backend: "triton", "numba" or "reference". None picks the first that can run.
+        backend: "cuda", "triton", "numba" or "reference". None picks the first that can run.
 
     Returns:
         `[batch, num_samples]` or `[num_samples]`, int64.
@@ -133,7 +133,7 @@ def gumbel_argmax(
         seed: As of `tilewise.sample`, a row being one of the flattened `[rows, vocab]`.
         offset: As of `tilewise.sample`.
         generator: As of `tilewise.sample`.
-        backend: "triton", "numba" or "reference". None picks the first that can run.
+        backend: "cuda", "triton", "numba" or "reference". None picks the first that can run.
 
     Returns:
         `[...]`, int64.
@@ -179,7 +179,7 @@ def _refuse_weights(rows: Tensor) -> None:
         raise ValueError(f"multinomial: probs must be above 0 somewhere, got none in row {row}")
 
 
-BACKENDS = backends_of("sample", numba=takes_all, triton=takes_all)
+BACKENDS = backends_of("sample", cuda=takes_all, numba=takes_all, triton=takes_all)
 
 _forward = register(
     "multinomial_forward(Tensor x, SymInt num_samples, bool replacement, bool weights,"
