@@ -73,6 +73,22 @@ cudaError_t sample_scores(float* y, const void* x, int64_t rows, int64_t vocab, 
                           int64_t seed_stride, int64_t offset_stride, int64_t seed, int64_t offset,
                           DType dtype, cudaStream_t stream);
 
+// Which drafts stand. accepted: [batch]; tokens: [batch, draft + 1]; stands, of which nobody need
+// know: [batch, draft]. draft_tokens: [batch, draft], draft_probabilities: [batch, draft, vocab].
+// x, and what a row has of its own: [batch, draft + 1]; seeds and offsets: [batch].
+cudaError_t sample_verify(int64_t* accepted, int64_t* tokens, int32_t* stands,
+                          const int64_t* draft_tokens, const float* draft_probabilities,
+                          const void* x, int64_t batch, int64_t draft, int64_t vocab,
+                          int64_t x_stride, const int64_t* each_top_k, const float* temperatures,
+                          const float* top_ps, const float* min_ps, const float* repetitions,
+                          const float* presences, const float* frequencies, const int64_t* history,
+                          int64_t length, const float* bias, int64_t bias_stride,
+                          const int32_t* mask, int64_t mask_stride, int64_t top_k,
+                          float temperature, float top_p, float min_p, float repetition,
+                          float presence, float frequency, const int64_t* seeds,
+                          const int64_t* offsets, int64_t seed_stride, int64_t offset_stride,
+                          int64_t seed, int64_t offset, DType dtype, cudaStream_t stream);
+
 // Either of kept, in the dtype of x, and probabilities: [rows, vocab], is null.
 cudaError_t sample_filter(void* kept, float* probabilities, const void* x, int64_t rows,
                           int64_t vocab, int64_t x_stride, const int64_t* each_top_k,

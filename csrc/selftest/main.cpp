@@ -142,6 +142,7 @@ int main(int count, char** words) {
       {"sample", sample},
       {"scored_softmax", scored_softmax},
       {"softmax", softmax},
+      {"verify_draft", verify_draft},
   };
   std::vector<std::string> chosen;
   for (int i = 1; i < count; ++i) {

@@ -65,5 +65,6 @@ void rotary();
 void sample();
 void scored_softmax();
 void softmax();
+void verify_draft();
 
 }  // namespace tilewise::selftest

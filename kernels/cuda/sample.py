@@ -8,6 +8,7 @@ from tilewise import _cuda
 from tilewise.kernels.cuda._multinomial import multinomial_forward
 from tilewise.kernels.cuda._options import COUNT, OFF, packed, packed_draws, room_for_ranked
 from tilewise.kernels.cuda._shared import DTYPES, address, stream
+from tilewise.kernels.cuda._verify_draft import verify_draft_forward
 
 __all__ = [
     "filter_logits_forward",
@@ -15,6 +16,7 @@ __all__ = [
     "sample_forward",
     "sample_with_logprobs_forward",
     "top_k_forward",
+    "verify_draft_forward",
 ]
 
 

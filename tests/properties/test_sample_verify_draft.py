@@ -112,6 +112,35 @@ def test_backends_agree_and_a_row_does_not_know_its_place(backend):
     assert torch.equal(again[0], ours[0][order]) and torch.equal(again[1], ours[1][order])
 
 
+@pytest.mark.parametrize("vocab, batch", [(4099, 44), (50257, 4)])
+def test_no_token_depends_on_how_rows_are_shared_out(backend, vocab, batch, monkeypatch):
+    """One block a row, a cluster that holds it, one that reads it again and again."""
+    if backend != "cuda":
+        pytest.skip(f"{backend}: has none of these ways")
+    draft = 2
+    rows = torch.stack([row_of_logits(vocab, seed) for seed in range(batch * (draft + 1))])
+    logits = rows.view(batch, draft + 1, vocab)
+    near = logits[:, :-1] + row_of_logits(vocab, 1000) / 4
+    drafts, probs = tilewise.gumbel_argmax(near, seed=9), near.softmax(-1)
+    seeds = torch.arange(batch, device=DEVICE) + 7
+    history = torch.arange(batch * 9, device=DEVICE).view(batch, 9)
+
+    def verified(i):
+        return tilewise.verify_draft(
+            drafts[i], probs[i], logits[i], top_p=0.97, top_k=vocab // 2, seed=seeds[i],
+            history=history[i], presence_penalty=0.5, backend=backend,
+        )  # fmt: skip
+
+    accepted, tokens = verified(slice(None))
+    assert 0 < accepted.sum() < batch * draft
+    for major in "98" if DEVICE == "cpu" else "9":  # which only the emulator asks for
+        monkeypatch.setenv("TILEWISE_EMULATION_MAJOR", major)
+        for i in range(3):
+            alone = verified(slice(i, i + 1))
+            assert torch.equal(alone[0], accepted[i : i + 1])
+            assert torch.equal(alone[1], tokens[i : i + 1])
+
+
 def test_penalties_know_the_tokens_drafted_before(backend):
     """A token that may come once only: drafted twice, the second one falls."""
     drafts = torch.tensor([[3, 3]], device=DEVICE)

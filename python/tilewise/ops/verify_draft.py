@@ -88,7 +88,7 @@ def verify_draft(
         offset: int64, or a tensor like that of `seed`: of position 0. None is 0.
         generator: Draws the seed, where none is given.
         check_inputs: Raise where a row of the target has no token. Waits for the device.
-        backend: "triton", "numba" or "reference". None picks the first that can run.
+        backend: "cuda", "triton", "numba" or "reference". None picks the first that can run.
 
     Returns:
         How many stand, `[batch]`, int64; and they, the one after them, and -1 from there on,
@@ -234,7 +234,7 @@ def _check(draft_tokens: Tensor, draft_probs: Tensor, target_logits: Tensor) -> 
         refuse_gradient(op, name, x)
 
 
-BACKENDS = backends_of("sample", numba=takes_all, triton=takes_all, leading=2)
+BACKENDS = backends_of("sample", cuda=takes_all, numba=takes_all, triton=takes_all, leading=2)
 
 _forward = register(
     "verify_draft_forward(Tensor draft_tokens, Tensor draft_probs, Tensor target_logits,"
