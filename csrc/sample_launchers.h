@@ -89,6 +89,17 @@ cudaError_t sample_verify(int64_t* accepted, int64_t* tokens, int32_t* stands,
                           const int64_t* offsets, int64_t seed_stride, int64_t offset_stride,
                           int64_t seed, int64_t offset, DType dtype, cudaStream_t stream);
 
+constexpr int kTileTokens = 128;  // of linear logits, whose best are kept
+
+// Draws from hidden weight^T + bias. hidden: [rows, dim]; weight: [vocab, dim]; bias: [vocab], or
+// null. floats, columns: [2, rows, tiles of so many tokens], of which nobody need know.
+cudaError_t sample_linear(int64_t* tokens, float* floats, int32_t* columns, const void* hidden,
+                          const void* weight, const void* bias, int64_t rows, int64_t vocab,
+                          int64_t dim, int64_t hidden_stride, int64_t weight_stride,
+                          const float* temperatures, float temperature, const int64_t* seeds,
+                          const int64_t* offsets, int64_t seed_stride, int64_t offset_stride,
+                          int64_t seed, int64_t offset, DType dtype, cudaStream_t stream);
+
 // Either of kept, in the dtype of x, and probabilities: [rows, vocab], is null.
 cudaError_t sample_filter(void* kept, float* probabilities, const void* x, int64_t rows,
                           int64_t vocab, int64_t x_stride, const int64_t* each_top_k,

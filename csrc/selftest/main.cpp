@@ -135,6 +135,7 @@ int main(int count, char** words) {
       {"glu", glu},
       {"layer_norm", layer_norm},
       {"linear_cross_entropy", linear_cross_entropy},
+      {"linear_sample", linear_sample},
       {"multinomial", multinomial},
       {"qk_norm_rotary", qk_norm_rotary},
       {"rms_norm", rms_norm},

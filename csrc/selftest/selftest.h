@@ -58,6 +58,7 @@ void gelu();
 void glu();
 void layer_norm();
 void linear_cross_entropy();
+void linear_sample();
 void multinomial();
 void qk_norm_rotary();
 void rms_norm();

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tilewise import _cuda
+from tilewise.kernels.cuda._linear_sample import linear_sample_forward
 from tilewise.kernels.cuda._multinomial import multinomial_forward
 from tilewise.kernels.cuda._options import COUNT, OFF, packed, packed_draws, room_for_ranked
 from tilewise.kernels.cuda._shared import DTYPES, address, stream
@@ -12,6 +13,7 @@ from tilewise.kernels.cuda._verify_draft import verify_draft_forward
 
 __all__ = [
     "filter_logits_forward",
+    "linear_sample_forward",
     "multinomial_forward",
     "sample_forward",
     "sample_with_logprobs_forward",

@@ -74,6 +74,10 @@ def test_a_row_does_not_know_its_place(backend):
     moved = {name: value[order] for name, value in options.items()}
     again = tilewise.linear_sample(hidden[order], weight, **moved, backend=backend)
     assert torch.equal(again, together[order])
+    for i in (0, 20, 36):  # tiles of few rows
+        own = {name: value[i : i + 1] for name, value in options.items()}
+        alone = tilewise.linear_sample(hidden[i : i + 1], weight, **own, backend=backend)
+        assert torch.equal(alone, together[i : i + 1])
     one_seed = tilewise.linear_sample(hidden[:1].expand(37, -1), weight, seed=3, backend=backend)
     assert len(one_seed.unique()) > 5
 

@@ -60,7 +60,7 @@ def linear_sample(
         generator: As of `tilewise.sample`.
         check_inputs: Raise where a temperature is out of range, or hidden has NaN. Waits for the
             device.
-        backend: "triton", "numba" or "reference". None picks the first that can run.
+        backend: "cuda", "triton", "numba" or "reference". None picks the first that can run.
 
     Returns:
         `[batch]`, int64.
@@ -145,7 +145,7 @@ def _check(hidden: Tensor, weight: Tensor, linear_bias: Tensor | None) -> None:
             raise RuntimeError(f"{op}: {name} must be on {hidden.device}, got {t.device}")
 
 
-BACKENDS = backends_of("sample", numba=takes_all, triton=takes_all)
+BACKENDS = backends_of("sample", cuda=takes_all, numba=takes_all, triton=takes_all)
 
 _forward = register(
     "linear_sample_forward(Tensor hidden, Tensor weight, Tensor? linear_bias,"

@@ -106,6 +106,7 @@ PROMISES: Sequence[Promise] = (
         ("attention",), "hopper_kernel<*>", "cuda", dtypes=HALVES,
         architectures=frozenset({"sm_90"}), instruction="HGMMA",
     ),
+    Promise(("sample",), "tile_kernel<*>", "cuda", dtypes=HALVES, instruction="HMMA"),
     Promise(("attention",), "append_kernel<8, *", "cuda", dtypes=HALVES, wide=True),
     Promise(_ROWS, "*, true>", "cuda", wide=True),  # rows that are whole 16-byte accesses
     Promise(("cross_entropy",), "*, true>", "cuda", wide=True, narrow=1),  # the true class
