@@ -77,12 +77,11 @@ Run run(const Size& size, const Places& places, const Values& x, DType dtype) {
     for (int64_t i = 0; i < rows * wanted; ++i) {
       const int64_t token = tokens[static_cast<size_t>(i)], row = i / wanted;
       const bool is_token = 0 <= token && token < cols;
-      const auto noisy =
-          scores_of<double>(size, places, x, row, is_several ? i - row * wanted : 0);
+      const auto noisy = scores_of<double>(size, places, x, row, is_several ? i - row * wanted : 0);
       found.push_back(is_token ? noisy[static_cast<size_t>(token)] : std::nan(""));
     }
-    run.outputs.push_back({is_several ? "several" : "distinct", DType::f32,
-                           static_cast<size_t>(wanted), found});
+    run.outputs.push_back(
+        {is_several ? "several" : "distinct", DType::f32, static_cast<size_t>(wanted), found});
     const std::vector<unsigned char> bits = drawn->bits();
     run.bits.insert(run.bits.end(), bits.begin(), bits.end());
   }

@@ -51,8 +51,7 @@ std::vector<Real> scores_of(const Size& size, const Options& options, const Plac
     q = &given[1][static_cast<size_t>(number * size.cols)];
     const bool has_own = !places.seeds.empty();
     const int64_t own = has_own ? i : 0;
-    const uint32_t word =
-        word_of(kSeed + own, kOffset - own + count, has_own ? 0 : i, kAcceptance);
+    const uint32_t word = word_of(kSeed + own, kOffset - own + count, has_own ? 0 : i, kAcceptance);
     if (!((word + 0.5) / 0x1p32 * q[token] < static_cast<double>(p[static_cast<size_t>(token)]))) {
       break;
     }
@@ -173,11 +172,11 @@ void verify_draft() {
     }
   }
   const float* none = nullptr;
-  must_refuse("verify_draft of no rows",
-              sample_verify(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 0, 2, 8, 8,
-                            nullptr, none, none, none, none, none, none, nullptr, 0, nullptr, 0,
-                            nullptr, 0, 0, 1, 1, 0, 1, 0, 0, nullptr, nullptr, 0, 0, 0, 0,
-                            DType::f32, nullptr));
+  must_refuse(
+      "verify_draft of no rows",
+      sample_verify(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 0, 2, 8, 8, nullptr, none,
+                    none, none, none, none, none, nullptr, 0, nullptr, 0, nullptr, 0, 0, 1, 1, 0, 1,
+                    0, 0, nullptr, nullptr, 0, 0, 0, 0, DType::f32, nullptr));
 }
 
 }  // namespace tilewise::selftest

@@ -44,8 +44,7 @@ __global__ void __launch_bounds__(kRowThreads, kHeld ? 2 : 1)
   const int64_t row = team.number() / teams, first = team.number() % teams;
   Noise noise(draws, row);
   Best largest;
-  const auto columns =
-      columns_of<kHeld>(logits, cluster, row, largest, noise, are_weights, false);
+  const auto columns = columns_of<kHeld>(logits, cluster, row, largest, noise, are_weights, false);
   largest = team.reduce(largest);
 
   const bool can = !largest.has_nan && largest.value > -INFINITY;

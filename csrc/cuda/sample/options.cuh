@@ -73,8 +73,8 @@ __device__ inline Filters filters_of(const SampleOptions& options, int64_t row) 
   return {t, p, m, k, can};
 }
 
-// Write a slice of row `row`, adjusted, as write_changed does. The penalised tokens are counted where
-// the slice is to be, so that they take no memory of their own, and as much time as there are
+// Write a slice of row `row`, adjusted, as write_changed does. The penalised tokens are counted
+// where the slice is to be, so that they take no memory of their own, and as much time as there are
 // tokens and columns.
 template <typename T>
 __device__ Best write_slice(float* to, const T* x, bool is_wide, const Slice& slice,

@@ -39,10 +39,10 @@ __device__ auto columns_of(const Logits<T>& logits, const Cluster& cluster, int6
 template <bool kHeld, typename T>
 __device__ auto columns_of(const Logits<T>& logits, const Cluster& cluster, int64_t row,
                            Best& best) {
-  return columns_of<kHeld>(
-      logits, cluster, row, best, [&](float* to, const T* x, const Slice& slice) {
-        return write_slice(to, x, logits.is_wide, slice, logits.options, row);
-      });
+  return columns_of<kHeld>(logits, cluster, row, best,
+                           [&](float* to, const T* x, const Slice& slice) {
+                             return write_slice(to, x, logits.is_wide, slice, logits.options, row);
+                           });
 }
 
 // Call body(logits, regime, is_held) with their C++ type. Rows that are not held come adjusted.
