@@ -14,6 +14,14 @@ constexpr int kBinBits = 11;
 constexpr float kBinsOfUnit = 64.f;  // of the first pass
 constexpr uint64_t kNever = ~uint64_t{0};
 
+// Of a multiprocessor, of a kernel that goes on with a row after its cut. Of two ptxas spills some
+// values on sm_120, where shared memory has room for no more than one that holds a long slice.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kCutBlocks = 1;
+#else
+constexpr int kCutBlocks = 2;
+#endif
+
 // Ordered as the numbers are; NaN is above all of them.
 __device__ inline uint32_t ordered(float v) {
   const uint32_t bits = v == v ? __float_as_uint(v) : 0x7fffffffu;

@@ -30,13 +30,6 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   }
 }
 
-// Of a multiprocessor. Of two ptxas spills some values on sm_120.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int kLogprobsBlocks = 1;
-#else
-constexpr int kLogprobsBlocks = 2;
-#endif
-
 struct Logprobs {
   float *of_token, *of_first;
   int64_t* first;
@@ -47,7 +40,7 @@ struct Logprobs {
 };
 
 template <typename T, bool kHeld>
-__global__ void __launch_bounds__(kRowThreads, kLogprobsBlocks)
+__global__ void __launch_bounds__(kRowThreads, kCutBlocks)
     logprobs_kernel(Logprobs out, Logits<T> logits) {
   Team<Best> team(logits.blocks);
   TILEWISE_SHARED(bins, Bins);

@@ -36,7 +36,7 @@ __device__ inline bool has_token(const Filters& filters, const Best& largest) {
 }
 
 template <typename T, bool kHeld>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(kRowThreads, kCutBlocks)
     stands_kernel(int32_t* stands, Drafts drafts, Logits<T> logits, Draws draws) {
   Team<Best> team(logits.blocks);
   TILEWISE_SHARED(bins, Bins);
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 }
 
 template <typename T, bool kHeld>
-__global__ void __launch_bounds__(kRowThreads, kHeld ? 2 : 1)
+__global__ void __launch_bounds__(kRowThreads, kHeld ? kCutBlocks : 1)
     verdict_kernel(int64_t* accepted, int64_t* tokens, const int32_t* stands, Drafts drafts,
                    Logits<T> logits, Draws draws) {
   Team<Best> team(logits.blocks);
