@@ -124,6 +124,13 @@ def test_prompts_of_different_lengths_are_continued_as_if_alone():
         assert together[i].tolist() == ended + [5] * (together.shape[1] - len(ended))
 
 
+def test_no_prompts_have_no_continuation():
+    none = torch.zeros(0, dtype=torch.int64)
+    for options in ({}, {"prompt_lengths": none}, {"frequency_penalty": 0.5}):
+        stream = generate(decoder(), tokens_of(1, 0, 5), max_tokens=3, **options)
+        assert all(tokens.shape == (0,) for tokens in stream)
+
+
 @pytest.mark.parametrize(
     ("lengths", "error", "sentence"),
     [

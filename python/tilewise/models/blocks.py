@@ -97,7 +97,7 @@ def can_decode(q: Tensor, cache: KVCache) -> bool:
 
 def _split(x: Tensor, heads: int) -> Tensor:
     """`[batch, seq, heads * head_dim]` as `[batch, heads, seq, head_dim]`."""
-    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+    return x.view(*x.shape[:2], heads, x.shape[2] // heads).transpose(1, 2)
 
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {

@@ -36,7 +36,8 @@ class KVCache:
 
     def keep(self, lengths: Tensor) -> None:
         """Forget of each sequence what lies behind its first so many positions, `[batch]`."""
-        self.length, self.shortest = int(lengths.max()), int(lengths.min())
+        given = lengths.tolist()
+        self.length, self.shortest = max(given, default=0), min(given, default=0)
         self.lengths.copy_(lengths)
 
     def positions(self, seq: int) -> Tensor | None:

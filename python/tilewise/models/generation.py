@@ -62,7 +62,7 @@ def generate(
         _require_lengths(prompt_tokens, lengths)
         behind = torch.arange(prompt_tokens.shape[1], device=lengths.device) >= lengths[:, None]
         prompt_tokens, room = prompt_tokens.masked_fill(behind, 0), context + 1 - lengths
-        count = min(max_tokens, int(room.max()))
+        count = min(max_tokens, max(room.tolist(), default=0))
 
     def start() -> Callable[[Tensor], Tensor]:
         capacity = min(prompt_tokens.shape[1] + count, context)
@@ -162,10 +162,9 @@ def _require_lengths(prompt_tokens: Tensor, lengths: Tensor) -> None:
         raise ValueError(
             f"generate: prompt_lengths must be [batch] = [{batch}], got {list(lengths.shape)}"
         )
-    if batch and (int(lengths.min()) < 1 or int(lengths.max()) > seq):
-        raise ValueError(
-            f"generate: prompt_lengths must be from 1 to {seq}, got {lengths.tolist()}"
-        )
+    given = lengths.tolist()
+    if min(given, default=1) < 1 or max(given, default=1) > seq:
+        raise ValueError(f"generate: prompt_lengths must be from 1 to {seq}, got {given}")
 
 
 def _seed(seed: Tensor | int | None) -> Tensor | int:
