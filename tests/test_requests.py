@@ -116,6 +116,16 @@ def test_prompts_of_all_lengths_are_drawn_together(monkeypatch):
         list(complete(model, tokenizer, asked, together=0))
 
 
+def test_a_token_that_the_tokenizer_has_not_is_no_text():
+    """A model's vocabulary may be padded."""
+    model, tokenizer = story()
+    spare = tokenizer.get_vocab_size()
+    bias = tuple((j, -math.inf) for j in range(270) if j != spare)
+    pieces = completed(model, tokenizer, [Request("the", max_tokens=3, logit_bias=bias)])
+    assert spare < 270 and pieces == [""]
+    assert "".join(texts.stream_text(tokenizer, [260, spare, 261])) == tokenizer.decode([260, 261])
+
+
 def test_a_full_context_ends_one_request_and_not_the_others():
     model, tokenizer = story()
     options = {"max_tokens": 99, "temperature": 3.0, "stop": ("not to be found",)}

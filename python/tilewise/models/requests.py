@@ -97,11 +97,11 @@ def _complete_batch(
             if not going[i]:
                 continue
             try:
-                piece = "" if token < 0 else writers[i].send(token)
+                piece = writers[i].send(token)  # -1, of a full context, is its last
             except StopIteration as over:
                 piece, going[i] = over.value, False
             else:
-                if step == requests[i].max_tokens or token < 0:  # -1: the context is full
+                if step == requests[i].max_tokens:
                     piece, going[i] = piece + last_piece(writers[i]), False
             if piece:
                 yield i, piece

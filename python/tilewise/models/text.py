@@ -250,7 +250,7 @@ def text_writer(tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Generator[str
     while True:
         token = yield piece
         is_last = token is None or token in (end, -1)
-        letters = "" if is_last else _letters_of(tokenizer, token)
+        letters = "" if token is None or is_last else _letters_of(tokenizer, token)
         held += decoder.decode(bytes(spelled[letter] for letter in letters), final=is_last)
         places = [place for text in stop if (place := held.find(text)) >= 0]
         if places:
@@ -261,9 +261,9 @@ def text_writer(tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Generator[str
         piece, held = held[:sure], held[sure:]
 
 
-def _letters_of(tokenizer: Tokenizer, token: int | None) -> str:
-    letters: str = tokenizer.id_to_token(token)  # type: ignore[arg-type,assignment]  # it has it
-    return letters
+def _letters_of(tokenizer: Tokenizer, token: int) -> str:
+    """None of a token that the model alone knows, whose vocabulary may be larger."""
+    return tokenizer.id_to_token(token) or ""
 
 
 def last_piece(writer: Generator[str, int | None, str]) -> str:
