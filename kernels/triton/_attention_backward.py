@@ -9,8 +9,10 @@ from tilewise.kernels.triton._attention_scores import (
     hide,
     kept,
     load_rows,
+    load_tile,
     numbers_of,
     probabilities,
+    rows_of_head,
     scored,
     seen_keys,
     statistics,
@@ -25,8 +27,8 @@ from tilewise.kernels.triton._packed import fill_gaps, gaps_of, rows_of, sequenc
 
 @triton.jit
 def _add_queries(
-    dq, exact, mean, q, dout, highest, share, delta, k_ptr, v_ptr, query, first, row, seed, offset,
-    mask_at, bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim, k_row, v_row,
+    dq, exact, mean, q, dout, highest, share, delta, k_rows, v_rows, query, first, row, seed,
+    offset, mask_at, bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim,
     CHECK: tl.constexpr, DQ: tl.constexpr, EXACT: tl.constexpr, DIM: tl.constexpr,
     V_DIM: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -34,8 +36,8 @@ def _add_queries(
     seen = None
     if CHECK:
         seen = seen_keys(key, seq_k, rules, mask_at)
-    k = load_rows(k_ptr, key, k_row, tl.arange(0, DIM), dim, seen)
-    v = load_rows(v_ptr, key, v_row, tl.arange(0, V_DIM), v_dim, seen)
+    k = load_tile(k_rows, first, dim, seen, KEYS, DIM)
+    v = load_tile(v_rows, first, v_dim, seen, KEYS, V_DIM)
     product = tl.dot(q, tl.trans(k), input_precision="ieee")
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
     keys = seen[None, :] if CHECK else (key < seq_k)[None, :]
@@ -65,7 +67,7 @@ def _add_queries(
 
 @triton.jit
 def _queries_backward_kernel(
-    dq_ptr, delta_ptr, dout_ptr, dlse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, highest_ptr, total_ptr,
+    dq_ptr, delta_ptr, dout_ptr, dlse_ptr, q_ptr, k, v, out_ptr, highest_ptr, total_ptr,
     packed, rules, drawn, heads, group, seq_q, seq_k, dim, v_dim, dq_strides, dout_strides,
     out_strides, q_strides, k_strides, v_strides, sign, scale,
     DQ: tl.constexpr, EXACT: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
@@ -104,8 +106,8 @@ def _queries_backward_kernel(
         exact -= dlse
 
     if DQ or EXACT:
-        k_ptr += at_k * k_strides[0] + head // group * k_strides[1]
-        v_ptr += at_k * v_strides[0] + head // group * v_strides[1]
+        k_rows = rows_of_head(k, k_strides, at_k, head // group)
+        v_rows = rows_of_head(v, v_strides, at_k, head // group)
         q_ptr += at_q * q_strides[0] + head * q_strides[1]
         mask_at, bias_at, slope = at_head(rules, batch, head)
         seed, offset = numbers_of(drawn)
@@ -124,9 +126,9 @@ def _queries_backward_kernel(
                 for i in range(0, steps_of(CHECK, *stretch, KEYS)):
                     first = step_at(CHECK, i, *stretch, KEYS)
                     dq, exact, mean = _add_queries(
-                        dq, exact, mean, q, dout, highest, share, delta, k_ptr, v_ptr, query, first,
-                        row, seed, offset, mask_at, bias_at, slope, rules, drawn, seq_q, seq_k, dim,
-                        v_dim, k_strides[2], v_strides[2], CHECK, DQ, EXACT, DIM, V_DIM, KEYS,
+                        dq, exact, mean, q, dout, highest, share, delta, k_rows, v_rows, query,
+                        first, row, seed, offset, mask_at, bias_at, slope, rules, drawn, seq_q,
+                        seq_k, dim, v_dim, CHECK, DQ, EXACT, DIM, V_DIM, KEYS,
                     )  # fmt: skip
         if DQ:
             if q.dtype == tl.float32:
@@ -138,8 +140,8 @@ def _queries_backward_kernel(
 
 @triton.jit
 def _add_keys(
-    dk, dv, k, v, dout_ptr, q_ptr, delta_ptr, highest_ptr, total_ptr, key, first_key, first, row,
-    seed, offset, mask_at, bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim, q_row, dout_row,
+    dk, dv, k, v, dout_rows, q_rows, delta_ptr, highest_ptr, total_ptr, key, first_key, first, row,
+    seed, offset, mask_at, bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim,
     CHECK: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -147,8 +149,8 @@ def _add_keys(
     # neither needs to be hidden.
     query = first + tl.arange(0, QUERIES)
     inside = query < seq_q
-    q = load_rows(q_ptr, query, q_row, tl.arange(0, DIM), dim, inside)
-    dout = load_rows(dout_ptr, query, dout_row, tl.arange(0, V_DIM), v_dim, inside)
+    q = load_tile(q_rows, first, dim, inside, QUERIES, DIM)
+    dout = load_tile(dout_rows, first, v_dim, inside, QUERIES, V_DIM)
     SPLIT: tl.constexpr = q.dtype == tl.float32
     highest, share = statistics(highest_ptr, total_ptr, query, seq_q, SPLIT)
     delta = tl.load(delta_ptr + query, mask=inside, other=0.0)
@@ -179,7 +181,7 @@ def _add_keys(
 
 @triton.jit
 def _keys_backward_kernel(
-    dk_ptr, dv_ptr, dout_ptr, q_ptr, k_ptr, v_ptr, delta_ptr, highest_ptr, total_ptr,
+    dk_ptr, dv_ptr, dout, q, k_ptr, v_ptr, delta_ptr, highest_ptr, total_ptr,
     packed, rules, drawn, kv_heads, group, seq_q, seq_k, dim, v_dim, dk_strides, dv_strides,
     dout_strides, q_strides, k_strides, v_strides, sign, scale,
     DIM: tl.constexpr, V_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -215,8 +217,8 @@ def _keys_backward_kernel(
         v = load_rows(v_ptr, key, v_strides[2], v_col, v_dim, seen)
         index = batch * kv_heads * group + head
         row, line = rows_of(packed, index, head, at_q, seq_q)
-        head_q = q_ptr + at_q * q_strides[0] + head * q_strides[1]
-        head_dout = dout_ptr + at_q * dout_strides[0] + head * dout_strides[1]
+        q_rows = rows_of_head(q, q_strides, at_q, head)
+        dout_rows = rows_of_head(dout, dout_strides, at_q, head)
         stretch = stretches(
             first_key - (seq_k - seq_q), seq_q, rules.right, rules.left, rules.mask,
             False, KEYS, QUERIES,
@@ -228,10 +230,10 @@ def _keys_backward_kernel(
                 for i in tl.range(0, steps_of(CHECK, *stretch, QUERIES), disable_licm=True):
                     first = step_at(CHECK, i, *stretch, QUERIES)
                     dk, dv = _add_keys(
-                        dk, dv, k, v, head_dout, head_q, delta_ptr + line, highest_ptr + line,
+                        dk, dv, k, v, dout_rows, q_rows, delta_ptr + line, highest_ptr + line,
                         total_ptr + line, key, first_key, first, row, seed, offset, mask_at,
-                        bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim, q_strides[2],
-                        dout_strides[2], CHECK, DIM, V_DIM, QUERIES, KEYS,
+                        bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim,
+                        CHECK, DIM, V_DIM, QUERIES, KEYS,
                     )  # fmt: skip
 
     inside = key < seq_k

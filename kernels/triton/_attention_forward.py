@@ -9,7 +9,9 @@ from tilewise.kernels.triton._attention_scores import (
     hide,
     kept,
     load_rows,
+    load_tile,
     numbers_of,
+    rows_of_head,
     scored,
     seen_keys,
     step_at,
@@ -25,16 +27,16 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 @triton.jit
 def _attend(
-    highest, total, sums, q, k_ptr, v_ptr, query, first, row, seed, offset, mask_at, bias_at, slope,
-    rules, drawn, seq_q, seq_k, dim, v_dim, k_row, v_row,
+    highest, total, sums, q, k_rows, v_rows, query, first, row, seed, offset, mask_at, bias_at,
+    slope, rules, drawn, seq_q, seq_k, dim, v_dim,
     CHECK: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     key = first + tl.arange(0, KEYS)
     seen = None
     if CHECK:
         seen = seen_keys(key, seq_k, rules, mask_at)
-    k = load_rows(k_ptr, key, k_row, tl.arange(0, DIM), dim, seen)
-    v = load_rows(v_ptr, key, v_row, tl.arange(0, V_DIM), v_dim, seen)
+    k = load_tile(k_rows, first, dim, seen, KEYS, DIM)
+    v = load_tile(v_rows, first, v_dim, seen, KEYS, V_DIM)
     product = tl.dot(q, tl.trans(k), input_precision="ieee")
     keys = seen[None, :] if CHECK else (key < seq_k)[None, :]
     queries, shift = (query < seq_q)[:, None], seq_k - seq_q
@@ -57,7 +59,7 @@ def _attend(
 
 @triton.jit
 def _forward_kernel(
-    out_ptr, highest_ptr, total_ptr, q_ptr, k_ptr, v_ptr, sinks_ptr, packed, rules, drawn,
+    out_ptr, highest_ptr, total_ptr, q_ptr, k, v, sinks_ptr, packed, rules, drawn,
     heads, group, seq_q, seq_k, dim, v_dim, out_strides, q_strides, k_strides, v_strides, sign,
     DIM: tl.constexpr, V_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -80,8 +82,8 @@ def _forward_kernel(
         if first_query >= seq_q:
             return
 
-    k_ptr += at_k * k_strides[0] + head // group * k_strides[1]
-    v_ptr += at_k * v_strides[0] + head // group * v_strides[1]
+    k_rows = rows_of_head(k, k_strides, at_k, head // group)
+    v_rows = rows_of_head(v, v_strides, at_k, head // group)
     mask_at, bias_at, slope = at_head(rules, batch, head)
     seed, offset = numbers_of(drawn)
     q_ptr += at_q * q_strides[0] + head * q_strides[1]
@@ -104,9 +106,9 @@ def _forward_kernel(
             for i in range(0, steps_of(CHECK, *stretch, KEYS)):
                 first = step_at(CHECK, i, *stretch, KEYS)
                 highest, total, sums = _attend(
-                    highest, total, sums, q, k_ptr, v_ptr, query, first, row, seed, offset,
+                    highest, total, sums, q, k_rows, v_rows, query, first, row, seed, offset,
                     mask_at, bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim,
-                    k_strides[2], v_strides[2], CHECK, DIM, V_DIM, KEYS,
+                    CHECK, DIM, V_DIM, KEYS,
                 )  # fmt: skip
 
     nothing = total == 0

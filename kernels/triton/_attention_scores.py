@@ -89,6 +89,27 @@ def load_rows(ptr, row, stride, col, cols, there):
 
 
 @triton.jit
+def rows_of_head(x, strides, batch, head):
+    """Of a head what `load_tile` reads: where its rows begin and how far apart they are; without
+    strides, a tensor descriptor and the head's place in it."""
+    if strides is None:
+        return x, None, tl.cast(batch, tl.int32), tl.cast(head, tl.int32)
+    else:
+        return x + batch * strides[0] + head * strides[1], strides[2], 0, 0
+
+
+@triton.jit
+def load_tile(rows, first, cols, there, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows from `first` on as `load_rows` gives them. Of a descriptor those past the end are zeros
+    too, and all before it are there."""
+    x, stride, batch, head = rows
+    if stride is None:
+        return x.load([batch, head, first, 0]).reshape(ROWS, COLS)
+    else:
+        return load_rows(x, first + tl.arange(0, ROWS), stride, tl.arange(0, COLS), cols, there)
+
+
+@triton.jit
 def store_rows(ptr, value, row, stride, col, cols, there):
     """A tile [row, col], but for what is past `cols` and rows that are not there."""
     ptr += tl.cast(row, tl.int64)[:, None] * stride + col[None, :]
@@ -302,6 +323,11 @@ def _varying_strides(t: Tensor | None, padding: bool = False) -> tuple[int | Non
     by_query, by_key = (size > 1 for size in t.shape[2:])
     one_row = padding and not by_query
     return batch, heads, queries if by_query else None, keys if by_key or one_row else None
+
+
+def hides_keys(rules: Rules) -> bool:
+    """Whether there is a padding mask: what it hides is not even read."""
+    return rules.mask is not None and rules.mask_query is None
 
 
 def drawn_by(

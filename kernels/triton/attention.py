@@ -16,12 +16,19 @@ from tilewise.kernels.triton._attention_backward import (
     _queries_backward_kernel,
 )
 from tilewise.kernels.triton._attention_forward import _forward_kernel
-from tilewise.kernels.triton._attention_scores import Drawn, Rules, drawn_by, rules_of
+from tilewise.kernels.triton._attention_scores import (
+    Drawn,
+    Rules,
+    drawn_by,
+    hides_keys,
+    rules_of,
+)
 from tilewise.kernels.triton._attention_scores_gradient import (
     _bias_backward_kernel,
     _sinks_backward_kernel,
 )
 from tilewise.kernels.triton._decode import SPLIT, _merge_kernel, _split_kernel
+from tilewise.kernels.triton._descriptors import LARGE, can_describe, descriptor_of, has_copy_engine
 from tilewise.kernels.triton._packed import Packed, packed_in
 from tilewise.kernels.triton._pages import cache_of
 from tilewise.kernels.triton._shared import MAX_PARTS, launch_options, same_layout
@@ -128,6 +135,23 @@ def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
     )
 
 
+def _is_large(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> bool:
+    """Whether tiles are worth a descriptor, and the GPU can use it: in 16 bits, of sequences that
+    are not packed, where a tile ends with its tensor."""
+    if packed.ends_q is not None or q.itemsize != 2:
+        return False
+    products = q.shape[:3].numel() * k.shape[2] * (q.shape[-1] + v.shape[-1])
+    return products >= LARGE and has_copy_engine()
+
+
+def _streamed(large: bool, rows: int, *tiles: tuple[Tensor, int]) -> tuple[Any, ...]:
+    """Tensors, each with the width of its tiles, as loops read them, `rows` at a time: descriptors
+    if these are worth it and can be, and the strides, None of descriptors."""
+    if large and all(can_describe(t) for t, _ in tiles):
+        return *(descriptor_of(t, rows, width) for t, width in tiles), *(None for _ in tiles)
+    return *(t for t, _ in tiles), *_strides(*(t for t, _ in tiles))
+
+
 def _bounded(packed: Packed, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Batch, seq_q and seq_k; the longest that is said may be longer than there are rows."""
     if packed.ends_q is None:
@@ -176,9 +200,13 @@ def _attend(
     drawn = drawn_by(*dropout)
     options = _options(_FORWARD, _kept(q, k, v, packed, rules, drawn), q, v)
     options["QUERIES"] = min(options["QUERIES"], max(triton.next_power_of_2(seq_q), 16))
+    large = _is_large(q, k, v, packed) and not hides_keys(rules)
+    tiles = (k, options["DIM"]), (v, options["V_DIM"])
+    keys, values, *strides = _streamed(large, options["KEYS"], *tiles)
     _forward_kernel[(triton.cdiv(seq_q, options["QUERIES"]) * batch * heads,)](
-        out, highest, total, q, k, v, sinks, packed, rules, drawn, heads, heads // k.shape[1],
-        seq_q, seq_k, *_dims(q, v, options), *_strides(out, q, k, v), sign, **options,
+        out, highest, total, q, keys, values, sinks, packed, rules, drawn, heads,
+        heads // k.shape[1], seq_q, seq_k, *_dims(q, v, options), *_strides(out, q), *strides, sign,
+        **options,
     )  # fmt: skip
     return out, highest, total
 
@@ -231,18 +259,24 @@ def _differentiate(
     whole = packed.ends_q is None
     options = _options(_QUERIES if whole else _PACKED_QUERIES, level, q, v)
     options["QUERIES"] = min(options["QUERIES"], max(triton.next_power_of_2(seq_q), 16))
+    large = _is_large(q, k, v, packed)
+    tiles = (k, options["DIM"]), (v, options["V_DIM"])
+    keys, values, *strides = _streamed(large and not hides_keys(rules), options["KEYS"], *tiles)
     _queries_backward_kernel[(triton.cdiv(seq_q, options["QUERIES"]) * batch * heads,)](
-        dq, statistics[0], dout, dlse, q, k, v, out, highest, total, *added, heads,
-        heads // kv_heads, seq_q, seq_k, *_dims(q, v, options), *_strides(dq, dout, out, q, k, v),
-        sign, scale, DQ=want_dq, EXACT=want_dbias or q.itemsize == 4, **options,
+        dq, statistics[0], dout, dlse, q, keys, values, out, highest, total, *added, heads,
+        heads // kv_heads, seq_q, seq_k, *_dims(q, v, options), *_strides(dq, dout, out, q),
+        *strides, sign, scale, DQ=want_dq, EXACT=want_dbias or q.itemsize == 4, **options,
     )  # fmt: skip
     dk = dv = dbias = dsinks = None
     if want_dk or want_dv:
         dk, dv = same_layout(k, k.shape[-1]), same_layout(v, v.shape[-1])
         options = _options(_KEYS if whole else _PACKED_KEYS, level, q, v)
+        tiles = (dout, options["V_DIM"]), (q, options["DIM"])
+        douts, queries, *strides = _streamed(large, options["QUERIES"], *tiles)
         _keys_backward_kernel[(triton.cdiv(seq_k, options["KEYS"]) * batch * kv_heads,)](
-            dk, dv, dout, q, k, v, *statistics, *added, kv_heads, heads // kv_heads, seq_q, seq_k,
-            *_dims(q, v, options), *_strides(dk, dv, dout, q, k, v), sign, scale, **options,
+            dk, dv, douts, queries, k, v, *statistics, *added, kv_heads, heads // kv_heads, seq_q,
+            seq_k, *_dims(q, v, options), *_strides(dk, dv), *strides, *_strides(k, v), sign, scale,
+            **options,
         )  # fmt: skip
     if want_dbias:
         dbias = _bias_backward(given[1], dout, q, k, v, statistics, sizes, added, sign)
