@@ -28,7 +28,7 @@ from tilewise.kernels.triton._packed import fill_gaps, gaps_of, rows_of, sequenc
 @triton.jit
 def _add_queries(
     dq, exact, mean, q, dout, highest, share, delta, k_rows, v_rows, query, first, row, seed,
-    offset, mask_at, bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim,
+    offset, mask_at, bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim, k_strides, v_strides,
     CHECK: tl.constexpr, DQ: tl.constexpr, EXACT: tl.constexpr, DIM: tl.constexpr,
     V_DIM: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -36,8 +36,8 @@ def _add_queries(
     seen = None
     if CHECK:
         seen = seen_keys(key, seq_k, rules, mask_at)
-    k = load_tile(k_rows, first, dim, seen, KEYS, DIM)
-    v = load_tile(v_rows, first, v_dim, seen, KEYS, V_DIM)
+    k = load_tile(k_rows, k_strides, first, dim, seen, KEYS, DIM)
+    v = load_tile(v_rows, v_strides, first, v_dim, seen, KEYS, V_DIM)
     product = tl.dot(q, tl.trans(k), input_precision="ieee")
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
     keys = seen[None, :] if CHECK else (key < seq_k)[None, :]
@@ -128,7 +128,7 @@ def _queries_backward_kernel(
                     dq, exact, mean = _add_queries(
                         dq, exact, mean, q, dout, highest, share, delta, k_rows, v_rows, query,
                         first, row, seed, offset, mask_at, bias_at, slope, rules, drawn, seq_q,
-                        seq_k, dim, v_dim, CHECK, DQ, EXACT, DIM, V_DIM, KEYS,
+                        seq_k, dim, v_dim, k_strides, v_strides, CHECK, DQ, EXACT, DIM, V_DIM, KEYS,
                     )  # fmt: skip
         if DQ:
             if q.dtype == tl.float32:
@@ -141,7 +141,8 @@ def _queries_backward_kernel(
 @triton.jit
 def _add_keys(
     dk, dv, k, v, dout_rows, q_rows, delta_ptr, highest_ptr, total_ptr, key, first_key, first, row,
-    seed, offset, mask_at, bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim,
+    seed, offset, mask_at, bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim, q_strides,
+    dout_strides,
     CHECK: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -149,8 +150,8 @@ def _add_keys(
     # neither needs to be hidden.
     query = first + tl.arange(0, QUERIES)
     inside = query < seq_q
-    q = load_tile(q_rows, first, dim, inside, QUERIES, DIM)
-    dout = load_tile(dout_rows, first, v_dim, inside, QUERIES, V_DIM)
+    q = load_tile(q_rows, q_strides, first, dim, inside, QUERIES, DIM)
+    dout = load_tile(dout_rows, dout_strides, first, v_dim, inside, QUERIES, V_DIM)
     SPLIT: tl.constexpr = q.dtype == tl.float32
     highest, share = statistics(highest_ptr, total_ptr, query, seq_q, SPLIT)
     delta = tl.load(delta_ptr + query, mask=inside, other=0.0)
@@ -232,8 +233,8 @@ def _keys_backward_kernel(
                     dk, dv = _add_keys(
                         dk, dv, k, v, dout_rows, q_rows, delta_ptr + line, highest_ptr + line,
                         total_ptr + line, key, first_key, first, row, seed, offset, mask_at,
-                        bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim,
-                        CHECK, DIM, V_DIM, QUERIES, KEYS,
+                        bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim, q_strides,
+                        dout_strides, CHECK, DIM, V_DIM, QUERIES, KEYS,
                     )  # fmt: skip
 
     inside = key < seq_k

@@ -28,15 +28,15 @@ _LOG2_E = tl.constexpr(LOG2_E)
 @triton.jit
 def _attend(
     highest, total, sums, q, k_rows, v_rows, query, first, row, seed, offset, mask_at, bias_at,
-    slope, rules, drawn, seq_q, seq_k, dim, v_dim,
+    slope, rules, drawn, seq_q, seq_k, dim, v_dim, k_strides, v_strides,
     CHECK: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     key = first + tl.arange(0, KEYS)
     seen = None
     if CHECK:
         seen = seen_keys(key, seq_k, rules, mask_at)
-    k = load_tile(k_rows, first, dim, seen, KEYS, DIM)
-    v = load_tile(v_rows, first, v_dim, seen, KEYS, V_DIM)
+    k = load_tile(k_rows, k_strides, first, dim, seen, KEYS, DIM)
+    v = load_tile(v_rows, v_strides, first, v_dim, seen, KEYS, V_DIM)
     product = tl.dot(q, tl.trans(k), input_precision="ieee")
     keys = seen[None, :] if CHECK else (key < seq_k)[None, :]
     queries, shift = (query < seq_q)[:, None], seq_k - seq_q
@@ -108,7 +108,7 @@ def _forward_kernel(
                 highest, total, sums = _attend(
                     highest, total, sums, q, k_rows, v_rows, query, first, row, seed, offset,
                     mask_at, bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim,
-                    CHECK, DIM, V_DIM, KEYS,
+                    k_strides, v_strides, CHECK, DIM, V_DIM, KEYS,
                 )  # fmt: skip
 
     nothing = total == 0

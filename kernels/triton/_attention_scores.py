@@ -90,23 +90,23 @@ def load_rows(ptr, row, stride, col, cols, there):
 
 @triton.jit
 def rows_of_head(x, strides, batch, head):
-    """Of a head what `load_tile` reads: where its rows begin and how far apart they are; without
-    strides, a tensor descriptor and the head's place in it."""
+    """Where the rows of a head begin; without strides a tensor descriptor, and its place in it."""
     if strides is None:
-        return x, None, tl.cast(batch, tl.int32), tl.cast(head, tl.int32)
+        return x, tl.cast(batch, tl.int32), tl.cast(head, tl.int32)
     else:
-        return x + batch * strides[0] + head * strides[1], strides[2], 0, 0
+        return x + batch * strides[0] + head * strides[1], 0, 0
 
 
 @triton.jit
-def load_tile(rows, first, cols, there, ROWS: tl.constexpr, COLS: tl.constexpr):
+def load_tile(rows, strides, first, cols, there, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Rows from `first` on as `load_rows` gives them. Of a descriptor those past the end are zeros
     too, and all before it are there."""
-    x, stride, batch, head = rows
-    if stride is None:
+    x, batch, head = rows
+    if strides is None:
         return x.load([batch, head, first, 0]).reshape(ROWS, COLS)
     else:
-        return load_rows(x, first + tl.arange(0, ROWS), stride, tl.arange(0, COLS), cols, there)
+        row, col = first + tl.arange(0, ROWS), tl.arange(0, COLS)
+        return load_rows(x, row, strides[2], col, cols, there)
 
 
 @triton.jit

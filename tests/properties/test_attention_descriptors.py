@@ -1,6 +1,6 @@
 """Attention in Triton streams long sequences by tensor descriptors, where their strides allow it.
 
-The interpreter plays a GPU without a copy engine, so here it is told otherwise, and that all is long.
+The interpreter plays a GPU without a copy engine, so here it is told otherwise, and all is long.
 """
 
 import importlib
@@ -104,7 +104,7 @@ def same_row(t):
     return t[:, :, :1].expand_as(t)
 
 
-@pytest.mark.parametrize("bent, others", [(0, 4), (1, 2), (2, 2), (3, 4)], ids="q k v dout".split())
+@pytest.mark.parametrize("bent, others", [(0, 4), (1, 2), (2, 2), (3, 4)])
 @pytest.mark.parametrize("bend", [shifted, narrow_gap, same_row])
 def test_what_has_no_descriptor_is_read_by_pointers(described, bend, bent, others):
     """With what streams beside it; the other loops have theirs."""
