@@ -27,8 +27,9 @@ from tilewise.kernels.triton._packed import fill_gaps, gaps_of, rows_of, sequenc
 
 @triton.jit
 def _add_queries(
-    dq, exact, mean, q, dout, highest, share, delta, k_rows, v_rows, query, first, row, seed,
-    offset, mask_at, bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim, k_strides, v_strides,
+    dq, exact, mean, dbias_ptr, q, dout, highest, share, delta, k_rows, v_rows, query, first, row,
+    seed, offset, mask_at, bias_at, slope, rules, drawn, seq_q, seq_k, dim, v_dim, k_strides,
+    v_strides,
     CHECK: tl.constexpr, DQ: tl.constexpr, EXACT: tl.constexpr, DIM: tl.constexpr,
     V_DIM: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -54,8 +55,11 @@ def _add_queries(
         dp = tl.where(kept(drawn, seed, offset, row, first, KEYS), dp * drawn.scale, 0.0)
     if EXACT:
         exact += tl.sum(p * dp, 1)
-    if DQ:
+    if DQ or dbias_ptr is not None:
         ds = p * (dp - delta[:, None])
+    if dbias_ptr is not None:
+        store_rows(dbias_ptr, ds, row, seq_k, key, seq_k, query < seq_q)
+    if DQ:
         if rules.softcap is not None:
             ds *= steep
             p *= steep
@@ -67,7 +71,7 @@ def _add_queries(
 
 @triton.jit
 def _queries_backward_kernel(
-    dq_ptr, delta_ptr, dout_ptr, dlse_ptr, q_ptr, k, v, out_ptr, highest_ptr, total_ptr,
+    dq_ptr, dbias_ptr, delta_ptr, dout_ptr, dlse_ptr, q_ptr, k, v, out_ptr, highest_ptr, total_ptr,
     packed, rules, drawn, heads, group, seq_q, seq_k, dim, v_dim, dq_strides, dout_strides,
     out_strides, q_strides, k_strides, v_strides, sign, scale,
     DQ: tl.constexpr, EXACT: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr,
@@ -75,7 +79,8 @@ def _queries_backward_kernel(
 ):  # fmt: skip
     # Out is rounded, and with it delta: alike for all keys of a query, and more than ds is where a
     # query sees little beside one key. EXACT is that from the probabilities, for the other kernels;
-    # in fp32 the error times the mean key is taken from dq.
+    # in fp32 the error times the mean key is taken from dq. A bias of as many elements as there are
+    # scores is no such sum: its gradient is written here, zeros where no tile is seen are there.
     blocks = tl.cdiv(seq_q, QUERIES)
     program = tl.program_id(0)
     first_query = (blocks - 1 - program % blocks) * QUERIES  # causal: the longest first
@@ -105,7 +110,7 @@ def _queries_backward_kernel(
         delta -= dlse
         exact -= dlse
 
-    if DQ or EXACT:
+    if DQ or EXACT or dbias_ptr is not None:
         k_rows = rows_of_head(k, k_strides, at_k, head // group)
         v_rows = rows_of_head(v, v_strides, at_k, head // group)
         q_ptr += at_q * q_strides[0] + head * q_strides[1]
@@ -126,9 +131,10 @@ def _queries_backward_kernel(
                 for i in range(0, steps_of(CHECK, *stretch, KEYS)):
                     first = step_at(CHECK, i, *stretch, KEYS)
                     dq, exact, mean = _add_queries(
-                        dq, exact, mean, q, dout, highest, share, delta, k_rows, v_rows, query,
-                        first, row, seed, offset, mask_at, bias_at, slope, rules, drawn, seq_q,
-                        seq_k, dim, v_dim, k_strides, v_strides, CHECK, DQ, EXACT, DIM, V_DIM, KEYS,
+                        dq, exact, mean, dbias_ptr, q, dout, highest, share, delta, k_rows, v_rows,
+                        query, first, row, seed, offset, mask_at, bias_at, slope, rules, drawn,
+                        seq_q, seq_k, dim, v_dim, k_strides, v_strides,
+                        CHECK, DQ, EXACT, DIM, V_DIM, KEYS,
                     )  # fmt: skip
         if DQ:
             if q.dtype == tl.float32:

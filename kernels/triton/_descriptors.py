@@ -10,10 +10,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# From how many multiplications of a product on. To make descriptors and pass them takes the host
-# about 5 us each, where this many take the tensor cores of an H200 some 20 (by count, not timed).
-LARGE = 2**33
-_ENGINE = 90  # the first architecture that has it
+_ENGINES = range(90, 120)  # architectures with it and room for its tiles: 227 kB a block
 _GRAIN, _MOST_BYTES = 16, 2**40  # of strides: a multiple of this, and below this
 
 
@@ -22,7 +19,7 @@ def has_copy_engine() -> bool:
     if triton.knobs.runtime.interpret:
         return False
     target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch >= _ENGINE
+    return target.backend == "cuda" and target.arch in _ENGINES
 
 
 def can_describe(t: Tensor) -> bool:

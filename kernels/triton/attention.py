@@ -16,73 +16,42 @@ from tilewise.kernels.triton._attention_backward import (
     _queries_backward_kernel,
 )
 from tilewise.kernels.triton._attention_forward import _forward_kernel
-from tilewise.kernels.triton._attention_scores import (
-    Drawn,
-    Rules,
-    drawn_by,
-    hides_keys,
-    rules_of,
-)
+from tilewise.kernels.triton._attention_scores import Drawn, Rules, drawn_by, hides_keys, rules_of
 from tilewise.kernels.triton._attention_scores_gradient import (
     _bias_backward_kernel,
     _sinks_backward_kernel,
 )
+from tilewise.kernels.triton._attention_tiles import (
+    BIAS_BACK,
+    FORWARD,
+    KEYS_BACK,
+    LONG_FORWARD,
+    LONG_KEYS,
+    LONG_QUERIES,
+    PACKED_KEYS,
+    PACKED_QUERIES,
+    QUERIES_BACK,
+    are_described,
+    dims_of,
+    kept_beside,
+    long_options,
+    options_of,
+    streamed,
+    strides_of,
+    width_of,
+)
 from tilewise.kernels.triton._decode import SPLIT, _merge_kernel, _split_kernel
-from tilewise.kernels.triton._descriptors import LARGE, can_describe, descriptor_of, has_copy_engine
 from tilewise.kernels.triton._packed import Packed, packed_in
 from tilewise.kernels.triton._pages import cache_of
 from tilewise.kernels.triton._shared import MAX_PARTS, launch_options, same_layout
 
-
-def _width(dim: int) -> int:
-    return max(triton.next_power_of_2(dim), 16)  # the least that tl.dot takes
-
-
-# Blocks of queries and keys, warps and stages by bytes an element, by how much a program keeps
-# (`_kept`), and by the wider of the two dims: the largest of those tried that ptxas compiles for
-# sm_80, sm_90, sm_100 and sm_120 with no access to local memory, for every declared size. Products
-# in true fp32 are made of scalars; what a loop keeps of them fills the registers.
-_FORWARD = {
-    4: ({64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 32, 8, 1)},
-        {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
-        {64: (16, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}),
-    2: ({64: (64, 64, 4, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
-        {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)}),
-}  # fmt: skip
-_QUERIES = {
-    4: ({64: (32, 32, 8, 1), 128: (16, 16, 4, 2), 256: (16, 16, 8, 2)},
-        {64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
-        {64: (16, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}),
-    2: ({64: (64, 32, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
-        {64: (64, 32, 4, 1), 128: (64, 16, 8, 1), 256: (32, 32, 8, 1)},
-        {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)}),
-}  # fmt: skip
-_KEYS = {
-    4: ({64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
-        {64: (16, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
-        {64: (16, 16, 8, 1), 128: (16, 16, 16, 1), 256: (16, 16, 16, 1)}),
-    2: ({64: (32, 64, 4, 1), 128: (16, 128, 8, 1), 256: (32, 32, 8, 1)},
-        {64: (16, 64, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
-        {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}),
-}  # fmt: skip
-# Of packed sequences, whose lengths are in registers too: dq spilled in fp32 with 4 warps (sm_90
-# and sm_120), dk and dv of heads of 128 in 16 bits on sm_100.
-_PACKED_QUERIES = {4: (_QUERIES[4][1], *_QUERIES[4][1:]), 2: _QUERIES[2]}
-_PACKED_KEYS = {4: _KEYS[4], 2: ({**_KEYS[2][0], 128: (16, 64, 4, 1)}, *_KEYS[2][1:])}
-_BIAS = {  # a bias alone is much
-    4: ({64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
-        {64: (16, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}),
-    2: ({64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
-        {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)}),
-}  # fmt: skip
+_MANY = 32  # keys; delta is then off by less than the scores' gradients are
 _ROWS = {"BLOCK": 1024, **launch_options(4)}
 # Keys, warps and stages of a program that decodes, and at most how many queries.
 _DECODE = {
     4: {64: (16, 4, 2, 16), 128: (16, 4, 2, 16), 256: (16, 8, 1, 16)},
     2: {64: (64, 4, 3, 64), 128: (64, 4, 3, 32), 256: (32, 4, 2, 32)},
 }
-
 
 # What `tilewise kernels --prune attention` compiles, to choose from for the tables above.
 SEARCH_SPACE = {
@@ -95,61 +64,6 @@ SEARCH_SPACE = {
         "_bias_backward_kernel",
     )
 }  # fmt: skip
-
-
-def _kept(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rules: Rules, drawn: Drawn) -> int:
-    """How much a program keeps beside the products, from 0 to 2: one more where scores are made of
-    slopes and a softcap, or of what is loaded or drawn for each, and where rows are not made of
-    16 bytes, or packed ones of at most 64 do not fill their tile."""
-    full_mask = rules.mask is not None and rules.mask_query is not None
-    loaded = rules.bias is not None or drawn.scale is not None or full_mask
-    many = loaded or (rules.slopes is not None and rules.softcap is not None)
-    grain = 16 // q.itemsize
-    odd = any(n % grain for t in (q, k, v) for n in (t.shape[-1], *t.stride()[:-1]))
-    dims = q.shape[-1], v.shape[-1]
-    narrow = packed.ends_q is not None and max(dims) <= 64 and min(dims) < _width(max(dims))
-    return many + (odd or narrow)
-
-
-def _options(table: dict, level: int, q: Tensor, v: Tensor) -> dict[str, int | bool]:
-    dim, v_dim = _width(q.shape[-1]), _width(v.shape[-1])
-    if q.itemsize == 4:
-        dim = v_dim = max(dim, v_dim)  # unequal, they are more kernels than these were tried for
-    queries, keys, warps, stages = table[q.itemsize][level][max(dim, v_dim, 64)]
-    return {
-        "DIM": dim, "V_DIM": v_dim, "QUERIES": queries, "KEYS": keys,
-        "num_stages": stages, **launch_options(warps),
-    }  # fmt: skip
-
-
-def _dims(q: Tensor, v: Tensor, options: dict) -> tuple[int | None, ...]:
-    """dim and v_dim; None for one that fills its tile."""
-    dims = (q.shape[-1], options["DIM"]), (v.shape[-1], options["V_DIM"])
-    return tuple(None if dim == width else dim for dim, width in dims)
-
-
-def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
-    """Of [batch, heads, seq]; of packed rows, a sequence is where its first row is."""
-    return tuple(
-        t.stride()[:3] if t.ndim == 4 else (t.stride(0), t.stride(1), t.stride(0)) for t in tensors
-    )
-
-
-def _is_large(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> bool:
-    """Whether tiles are worth a descriptor, and the GPU can use it: in 16 bits, of sequences that
-    are not packed, where a tile ends with its tensor."""
-    if packed.ends_q is not None or q.itemsize != 2:
-        return False
-    products = q.shape[:3].numel() * k.shape[2] * (q.shape[-1] + v.shape[-1])
-    return products >= LARGE and has_copy_engine()
-
-
-def _streamed(large: bool, rows: int, *tiles: tuple[Tensor, int]) -> tuple[Any, ...]:
-    """Tensors, each with the width of its tiles, as loops read them, `rows` at a time: descriptors
-    if these are worth it and can be, and the strides, None of descriptors."""
-    if large and all(can_describe(t) for t, _ in tiles):
-        return *(descriptor_of(t, rows, width) for t, width in tiles), *(None for _ in tiles)
-    return *(t for t, _ in tiles), *_strides(*(t for t, _ in tiles))
 
 
 def _bounded(packed: Packed, sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -198,15 +112,17 @@ def _attend(
     total = torch.empty_like(highest)
     rules, sign = rules_of(*given, seq_q, seq_k)
     drawn = drawn_by(*dropout)
-    options = _options(_FORWARD, _kept(q, k, v, packed, rules, drawn), q, v)
+    described = not hides_keys(rules) and are_described(q, k, v, packed, k, v)
+    level = kept_beside(q, k, v, packed, rules, drawn)
+    long = long_options(described, LONG_FORWARD, level, rules)
+    options = options_of(FORWARD, level, q, v, long)
     options["QUERIES"] = min(options["QUERIES"], max(triton.next_power_of_2(seq_q), 16))
-    large = _is_large(q, k, v, packed) and not hides_keys(rules)
     tiles = (k, options["DIM"]), (v, options["V_DIM"])
-    keys, values, *strides = _streamed(large, options["KEYS"], *tiles)
+    keys, values, *strides = streamed(described, options["KEYS"], *tiles)
     _forward_kernel[(triton.cdiv(seq_q, options["QUERIES"]) * batch * heads,)](
         out, highest, total, q, keys, values, sinks, packed, rules, drawn, heads,
-        heads // k.shape[1], seq_q, seq_k, *_dims(q, v, options), *_strides(out, q), *strides, sign,
-        **options,
+        heads // k.shape[1], seq_q, seq_k, *dims_of(q, v, options), *strides_of(out, q), *strides,
+        sign, **options,
     )  # fmt: skip
     return out, highest, total
 
@@ -255,35 +171,57 @@ def _differentiate(
     added, scale = (packed, rules, drawn_by(*dropout)), given[-1]
     statistics = torch.empty_like(total), highest, total
     dq = same_layout(q, q.shape[-1]) if want_dq else q
-    level = _kept(q, k, v, *added)
+    level = kept_beside(q, k, v, *added)
     whole = packed.ends_q is None
-    options = _options(_QUERIES if whole else _PACKED_QUERIES, level, q, v)
+    described = not hides_keys(rules) and are_described(q, k, v, packed, k, v)
+    table = QUERIES_BACK if whole else PACKED_QUERIES
+    long = long_options(described, LONG_QUERIES, level, rules)
+    options = options_of(table, level, q, v, long)
     options["QUERIES"] = min(options["QUERIES"], max(triton.next_power_of_2(seq_q), 16))
-    large = _is_large(q, k, v, packed)
     tiles = (k, options["DIM"]), (v, options["V_DIM"])
-    keys, values, *strides = _streamed(large and not hides_keys(rules), options["KEYS"], *tiles)
+    keys, values, *strides = streamed(described, options["KEYS"], *tiles)
+    dbias = _written_with_dq(given[1], q, whole, sizes, rules) if want_dbias else None
+    exact = q.itemsize == 4 or (want_dbias and dbias is None)
     _queries_backward_kernel[(triton.cdiv(seq_q, options["QUERIES"]) * batch * heads,)](
-        dq, statistics[0], dout, dlse, q, keys, values, out, highest, total, *added, heads,
-        heads // kv_heads, seq_q, seq_k, *_dims(q, v, options), *_strides(dq, dout, out, q),
-        *strides, sign, scale, DQ=want_dq, EXACT=want_dbias or q.itemsize == 4, **options,
+        dq, dbias, statistics[0], dout, dlse, q, keys, values, out, highest, total, *added, heads,
+        heads // kv_heads, seq_q, seq_k, *dims_of(q, v, options), *strides_of(dq, dout, out, q),
+        *strides, sign, scale, DQ=want_dq, EXACT=exact, **options,
     )  # fmt: skip
-    dk = dv = dbias = dsinks = None
+    dk = dv = dsinks = None
     if want_dk or want_dv:
         dk, dv = same_layout(k, k.shape[-1]), same_layout(v, v.shape[-1])
-        options = _options(_KEYS if whole else _PACKED_KEYS, level, q, v)
+        described = are_described(q, k, v, packed, dout, q)
+        table = KEYS_BACK if whole else PACKED_KEYS
+        long = long_options(described, LONG_KEYS, level, rules)
+        options = options_of(table, level, q, v, long)
         tiles = (dout, options["V_DIM"]), (q, options["DIM"])
-        douts, queries, *strides = _streamed(large, options["QUERIES"], *tiles)
+        douts, queries, *strides = streamed(described, options["QUERIES"], *tiles)
         _keys_backward_kernel[(triton.cdiv(seq_k, options["KEYS"]) * batch * kv_heads,)](
             dk, dv, douts, queries, k, v, *statistics, *added, kv_heads, heads // kv_heads, seq_q,
-            seq_k, *_dims(q, v, options), *_strides(dk, dv), *strides, *_strides(k, v), sign, scale,
-            **options,
+            seq_k, *dims_of(q, v, options), *strides_of(dk, dv), *strides, *strides_of(k, v), sign,
+            scale, **options,
         )  # fmt: skip
-    if want_dbias:
+    if want_dbias and dbias is None:
         dbias = _bias_backward(given[1], dout, q, k, v, statistics, sizes, added, sign)
     if want_dsinks:
         dsinks = _sinks_backward(sinks, *statistics)
     found = (dq, want_dq), (dk, want_dk), (dv, want_dv), (dbias, want_dbias), (dsinks, want_dsinks)
     return tuple(t if wanted else q.new_empty(0) for t, wanted in found)
+
+
+def _written_with_dq(
+    bias: Tensor, q: Tensor, whole: bool, sizes: tuple[int, ...], rules: Rules
+) -> Tensor | None:
+    """Room for dbias where it is one element a score, in 16 bits, zero where no tile is seen. Then
+    the error of delta is one of 16 bits too, but where a query may see next to nothing."""
+    batch, seq_q, seq_k = sizes
+    bounded = rules.left is not None and rules.right is not None
+    few = rules.mask is not None or (bounded and rules.left + rules.right < _MANY)
+    if few or not whole or q.itemsize != 2 or bias.shape != (batch, q.shape[1], seq_q, seq_k):
+        return None
+    limited = rules.left is not None or rules.right is not None
+    make = torch.zeros if limited else torch.empty
+    return make(bias.shape, dtype=bias.dtype, device=bias.device)
 
 
 def _parts(bias: Tensor, tiles: int, added_to: int) -> tuple[int, Tensor]:
@@ -303,7 +241,7 @@ def _bias_backward(
 ) -> Tensor:  # fmt: skip
     """dbias, laid out in one piece."""
     (batch, seq_q, seq_k), heads = sizes, q.shape[1]
-    options: dict[str, Any] = _options(_BIAS, _kept(q, k, v, *added) - 1, q, v)
+    options: dict[str, Any] = options_of(BIAS_BACK, kept_beside(q, k, v, *added) - 1, q, v)
     lines, by_query = bias.shape[:2].numel(), bias.shape[2] > 1
     copies = batch // bias.shape[0], heads // bias.shape[1]
     tiles, added_to = lines * triton.cdiv(seq_k, options["KEYS"]), copies[0] * copies[1]
@@ -312,7 +250,7 @@ def _bias_backward(
     parts, sums = _parts(bias, tiles, added_to)
     _bias_backward_kernel[(tiles * parts,)](
         sums, dout, q, k, v, *statistics, *added, heads, heads // k.shape[1], seq_q, seq_k,
-        *_dims(q, v, options), *_strides(dout, q, k, v), sign, lines, bias.shape[1], *copies,
+        *dims_of(q, v, options), *strides_of(dout, q, k, v), sign, lines, bias.shape[1], *copies,
         parts, BY_QUERY=by_query, **options,
     )  # fmt: skip
     return _summed(sums, bias.dtype)
@@ -345,7 +283,7 @@ def attention_decode_forward(
         k_cache, v_cache, block_table
     )
     rules, sign = rules_of(None, None, alibi_slopes, left, 0, softcap, scale, seq_q, capacity)
-    width, v_width = _width(dim), _width(v_dim)
+    width, v_width = width_of(dim), width_of(v_dim)
     keys, warps, stages, most = _DECODE[q.itemsize][max(width, v_width, 64)]
     group, splits = heads // kv_heads, triton.cdiv(capacity, SPLIT)
     queries = group * seq_q

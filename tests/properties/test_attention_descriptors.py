@@ -34,7 +34,7 @@ def described(monkeypatch):
     some = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=DEVICE)
     if no := refusal(ATTENTION.backends["triton"], some, some, some):
         pytest.skip(f"triton: {no[1]}")
-    module = importlib.import_module("tilewise.kernels.triton.attention")
+    module = importlib.import_module("tilewise.kernels.triton._attention_tiles")
     if not interpreted("triton") and not module.has_copy_engine():
         pytest.skip("triton: the GPU has no copy engine")
     monkeypatch.setattr(module, "LARGE", 0)
@@ -132,10 +132,32 @@ def test_what_else_is_read_by_pointers(described, monkeypatch):
     ends = [torch.tensor([0, n], dtype=torch.int32, device=DEVICE) for n in (40, 70)]
     attention_varlen(*packed, *ends, 40, 70, backend="triton")
     assert not described
-    module = importlib.import_module("tilewise.kernels.triton.attention")
+    module = importlib.import_module("tilewise.kernels.triton._attention_tiles")
     monkeypatch.setattr(module, "LARGE", 40 * 70 * 2 * 32)
     run(*(t.to(torch.bfloat16) for t in tensors))
     assert len(described) == 6
     monkeypatch.setattr(module, "LARGE", 40 * 70 * 2 * 32 + 1)
     run(*(t.to(torch.bfloat16) for t in tensors))
     assert len(described) == 6
+
+
+@pytest.mark.parametrize("window", [None, (30, 4), (0, 0)])
+def test_a_bias_of_every_score_has_its_gradient_from_the_kernel_of_dq(described, window):
+    """Zero where a window hides; the same as that of a bias that all of a batch shares."""
+    tensors = [t.repeat(2, 1, 1, 1) for t in tensors_of(dim=64)]
+    leaf = torch.randn(2, 2, 40, 70, dtype=torch.bfloat16, device=DEVICE)
+    shared = leaf[:1].clone().requires_grad_()
+    leaf = leaf[:1].repeat(2, 1, 1, 1).requires_grad_()
+    outs = [
+        ATTENTION.call(*tensors[:3], bias, softcap=8.0, window=window, backend="triton")
+        for bias in (leaf, shared)
+    ]
+    (own,), (both,) = (
+        torch.autograd.grad(out, bias, tensors[3])
+        for out, bias in zip(outs, (leaf, shared), strict=True)
+    )
+    assert torch.equal(own[0], own[1])
+    torch.testing.assert_close(2 * own[:1], both, rtol=2**-6, atol=2**-8 * float(both.abs().max()))
+    if window is not None:
+        away = torch.arange(70, device=DEVICE) - torch.arange(30, 70, device=DEVICE)[:, None]
+        assert not own[..., (away < -window[0]) | (away > window[1])].any()

@@ -32,6 +32,7 @@ class Promise:
         wide: They read global memory 16 bytes at a time, and move no 16-bit element alone.
         narrow: But for this many scalars of a row.
         instruction: A matrix instruction that they have.
+        copy: A bulk copy that they have.
     """
 
     ops: Sequence[str]
@@ -43,6 +44,7 @@ class Promise:
     wide: bool = False
     narrow: int = 0
     instruction: str = ""
+    copy: str = ""
 
     def covers(self, kernel: Kernel) -> bool:
         """Whether this is promised of `kernel`."""
@@ -74,6 +76,13 @@ def _whole_heads(kernel: Kernel) -> bool:
     return longest >= 64 and size["dim"] in (64, 128) and "mask" not in size
 
 
+def _long(kernel: Kernel) -> bool:
+    """Whole heads, of so many queries and keys that tiles come by tensor descriptors."""
+    size = kernel.size
+    seen = size.get("batch", 1) * size.get("heads", 1) * size.get("seq_q", 0) * size.get("seq_k", 0)
+    return _whole_heads(kernel) and 2 * seen * size["dim"] >= 2**33
+
+
 _NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
 _ROWS = (*_NORMS, "softmax", "log_softmax")
 _ELEMENTS = ("gelu", "glu", "glu_packed")
@@ -99,6 +108,13 @@ PROMISES: Sequence[Promise] = (
             ("sm_100", "UTCHMMA", "_keys_backward_kernel"),
             ("sm_120", "HMMA", "*"),
         )
+    ),
+    *(
+        Promise(
+            ("attention",), kernel, architectures=frozenset({"sm_90", "sm_100"}), dtypes=HALVES,
+            sizes=_long, copy="UTMALDG",
+        )
+        for kernel in ("_forward_kernel", "_queries_backward_kernel", "_keys_backward_kernel")
     ),
     Promise(("attention",), "*ward_kernel<*>", "cuda", dtypes=HALVES, instruction="HMMA"),
     Promise(("attention",), "decode_kernel<*>", "cuda", dtypes=HALVES, instruction="HMMA"),
@@ -171,6 +187,8 @@ def _unkept(promise: Promise, kernel: Kernel) -> list[str]:
             found.append(f"must load {ACCESS} bytes at a time, got {dict(kernel.loads)}")
     if promise.instruction and not kernel.matrix.get(promise.instruction):
         found.append(f"must have {promise.instruction}, got {dict(kernel.matrix) or 'none'}")
+    if promise.copy and not kernel.bulk.get(promise.copy):
+        found.append(f"must have {promise.copy}, got {dict(kernel.bulk) or 'none'}")
     return found
 
 
