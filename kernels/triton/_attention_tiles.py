@@ -95,9 +95,9 @@ def kept_beside(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rules: Rules, d
 
 
 def long_options(described: bool, tables: tuple[dict, ...], level: int, rules: Rules) -> dict:
-    """What is taken instead where tiles come by descriptors. A softcap and a full mask count once
-    more: with them the larger tiles spill, or ptxas serialises their products."""
-    tight = rules.softcap is not None or rules.mask_query is not None
+    """What is taken instead where tiles come by descriptors. Slopes, a softcap, a full mask count
+    once more: with them the larger tiles spill, or ptxas serialises their products."""
+    tight = any(n is not None for n in (rules.slopes, rules.softcap, rules.mask_query))
     return tables[min(level + tight, 2)] if described else {}
 
 

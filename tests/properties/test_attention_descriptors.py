@@ -144,20 +144,22 @@ def test_what_else_is_read_by_pointers(described, monkeypatch):
 @pytest.mark.parametrize("window", [None, (30, 4), (0, 0)])
 def test_a_bias_of_every_score_has_its_gradient_from_the_kernel_of_dq(described, window):
     """Zero where a window hides; the same as that of a bias that all of a batch shares."""
-    tensors = [t.repeat(2, 1, 1, 1) for t in tensors_of(dim=64)]
-    leaf = torch.randn(2, 2, 40, 70, dtype=torch.bfloat16, device=DEVICE)
+    tensors = [t.repeat(2, 1, 1, 1) for t in tensors_of(dim=64, seq_k=300)]
+    tensors[0].requires_grad_()
+    leaf = torch.randn(2, 2, 40, 300, dtype=torch.bfloat16, device=DEVICE)
     shared = leaf[:1].clone().requires_grad_()
     leaf = leaf[:1].repeat(2, 1, 1, 1).requires_grad_()
     outs = [
-        ATTENTION.call(*tensors[:3], bias, softcap=8.0, window=window, backend="triton")
+        ATTENTION.call(*tensors[:3], bias, softcap=1.0, window=window, backend="triton")
         for bias in (leaf, shared)
     ]
-    (own,), (both,) = (
-        torch.autograd.grad(out, bias, tensors[3])
+    (own, dq), (both, other_dq) = (
+        torch.autograd.grad(out, (bias, tensors[0]), tensors[3])
         for out, bias in zip(outs, (leaf, shared), strict=True)
     )
     assert torch.equal(own[0], own[1])
+    assert torch.equal(dq, other_dq)
     torch.testing.assert_close(2 * own[:1], both, rtol=2**-6, atol=2**-8 * float(both.abs().max()))
     if window is not None:
-        away = torch.arange(70, device=DEVICE) - torch.arange(30, 70, device=DEVICE)[:, None]
+        away = torch.arange(300, device=DEVICE) - torch.arange(260, 300, device=DEVICE)[:, None]
         assert not own[..., (away < -window[0]) | (away > window[1])].any()
