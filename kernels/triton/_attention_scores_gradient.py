@@ -8,9 +8,10 @@ from tilewise.kernels.triton._attention_scores import (
     at_head,
     hide,
     kept,
-    load_rows,
+    load_tile,
     numbers_of,
     probabilities,
+    rows_of_head,
     scored,
     seen_keys,
     statistics,
@@ -25,24 +26,23 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 @triton.jit
 def _scores_gradient(
-    dout_ptr, q_ptr, k_ptr, v_ptr, delta_ptr, highest_ptr, total_ptr, first_query, first_key,
-    batch, head, row, line, at_q, at_k, group, rules, drawn, seed, offset, sign, seq_q, seq_k, dim,
-    v_dim, dout_strides, q_strides, k_strides, v_strides,
+    dout, q, k, v, delta_ptr, highest_ptr, total_ptr, first_query, first_key, batch, head, row,
+    line, at_q, at_k, group, rules, drawn, seed, offset, sign, seq_q, seq_k, dim, v_dim,
+    dout_strides, q_strides, k_strides, v_strides,
     DIM: tl.constexpr, V_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """ds [query, key] of one head."""
     query, key = first_query + tl.arange(0, QUERIES), first_key + tl.arange(0, KEYS)
-    col, v_col = tl.arange(0, DIM), tl.arange(0, V_DIM)
     mask_at, bias_at, slope = at_head(rules, batch, head)
     inside, seen = query < seq_q, seen_keys(key, seq_k, rules, mask_at)
-    q_ptr += at_q * q_strides[0] + head * q_strides[1]
-    dout_ptr += at_q * dout_strides[0] + head * dout_strides[1]
-    k_ptr += at_k * k_strides[0] + head // group * k_strides[1]
-    v_ptr += at_k * v_strides[0] + head // group * v_strides[1]
-    q = load_rows(q_ptr, query, q_strides[2], col, dim, inside)
-    dout = load_rows(dout_ptr, query, dout_strides[2], v_col, v_dim, inside)
-    k = load_rows(k_ptr, key, k_strides[2], col, dim, seen)
-    v = load_rows(v_ptr, key, v_strides[2], v_col, v_dim, seen)
+    q_rows = rows_of_head(q, q_strides, at_q, head)
+    dout_rows = rows_of_head(dout, dout_strides, at_q, head)
+    k_rows = rows_of_head(k, k_strides, at_k, head // group)
+    v_rows = rows_of_head(v, v_strides, at_k, head // group)
+    q = load_tile(q_rows, q_strides, first_query, dim, inside, QUERIES, DIM)
+    dout = load_tile(dout_rows, dout_strides, first_query, v_dim, inside, QUERIES, V_DIM)
+    k = load_tile(k_rows, k_strides, first_key, dim, seen, KEYS, DIM)
+    v = load_tile(v_rows, v_strides, first_key, v_dim, seen, KEYS, V_DIM)
     SPLIT: tl.constexpr = q.dtype == tl.float32
     highest, share = statistics(highest_ptr + line, total_ptr + line, query, seq_q, SPLIT)
     delta = tl.load(delta_ptr + line + query, mask=inside, other=0.0)
@@ -77,9 +77,9 @@ def _meets(
 
 @triton.jit
 def _bias_backward_kernel(
-    sums_ptr, dout_ptr, q_ptr, k_ptr, v_ptr, delta_ptr, highest_ptr, total_ptr, packed, rules,
-    drawn, heads, group, seq_q, seq_k, dim, v_dim, dout_strides, q_strides, k_strides, v_strides,
-    sign, lines, bias_heads, batch_copies, head_copies, parts,
+    sums_ptr, dout, q, k, v, delta_ptr, highest_ptr, total_ptr, packed, rules, drawn, heads, group,
+    seq_q, seq_k, dim, v_dim, dout_strides, q_strides, k_strides, v_strides, sign,
+    lines, bias_heads, batch_copies, head_copies, parts,
     BY_QUERY: tl.constexpr, DIM: tl.constexpr, V_DIM: tl.constexpr, QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -112,8 +112,8 @@ def _bias_backward_kernel(
         at_q, at_k, own_q, own_k = sequence_of(packed, batch, seq_q, seq_k)
         if _meets(packed, first, first_key, own_q, own_k, rules.left, rules.right, QUERIES, KEYS):
             sums += _scores_gradient(
-                dout_ptr, q_ptr, k_ptr, v_ptr, delta_ptr, highest_ptr, total_ptr, first, first_key,
-                batch, head, *rows_of(packed, batch * heads + head, head, at_q, seq_q), at_q, at_k,
+                dout, q, k, v, delta_ptr, highest_ptr, total_ptr, first, first_key, batch, head,
+                *rows_of(packed, batch * heads + head, head, at_q, seq_q), at_q, at_k,
                 group, rules, drawn, seed, offset, sign, own_q, own_k, dim, v_dim,
                 dout_strides, q_strides, k_strides, v_strides, DIM, V_DIM, QUERIES, KEYS,
             )  # fmt: skip

@@ -78,6 +78,7 @@ LONG_KEYS = (
     {64: (64, 64, 4, 1), 128: (32, 64, 4, 1)},
     {},
 )
+LONG_BIAS = ({64: (128, 64, 8, 2), 128: (128, 64, 8, 2)}, {}, {})  # 0.77 and 0.41 for 0.17 and 0.15
 
 
 def kept_beside(q: Tensor, k: Tensor, v: Tensor, packed: Packed, rules: Rules, drawn: Drawn) -> int:

@@ -25,6 +25,7 @@ from tilewise.kernels.triton._attention_tiles import (
     BIAS_BACK,
     FORWARD,
     KEYS_BACK,
+    LONG_BIAS,
     LONG_FORWARD,
     LONG_KEYS,
     LONG_QUERIES,
@@ -241,7 +242,14 @@ def _bias_backward(
 ) -> Tensor:  # fmt: skip
     """dbias, laid out in one piece."""
     (batch, seq_q, seq_k), heads = sizes, q.shape[1]
-    options: dict[str, Any] = options_of(BIAS_BACK, kept_beside(q, k, v, *added) - 1, q, v)
+    described = not hides_keys(added[1]) and are_described(q, k, v, added[0], dout, q, k, v)
+    level = kept_beside(q, k, v, *added) - 1
+    long = long_options(described, LONG_BIAS, level, added[1])
+    options: dict[str, Any] = options_of(BIAS_BACK, level, q, v, long)
+    queries = (dout, options["V_DIM"]), (q, options["DIM"])
+    keys = (k, options["DIM"]), (v, options["V_DIM"])
+    douts, qs, *q_strides = streamed(described, options["QUERIES"], *queries)
+    ks, vs, *k_strides = streamed(described, options["KEYS"], *keys)
     lines, by_query = bias.shape[:2].numel(), bias.shape[2] > 1
     copies = batch // bias.shape[0], heads // bias.shape[1]
     tiles, added_to = lines * triton.cdiv(seq_k, options["KEYS"]), copies[0] * copies[1]
@@ -249,9 +257,9 @@ def _bias_backward(
     tiles, added_to = (tiles * blocks, added_to) if by_query else (tiles, added_to * blocks)
     parts, sums = _parts(bias, tiles, added_to)
     _bias_backward_kernel[(tiles * parts,)](
-        sums, dout, q, k, v, *statistics, *added, heads, heads // k.shape[1], seq_q, seq_k,
-        *dims_of(q, v, options), *strides_of(dout, q, k, v), sign, lines, bias.shape[1], *copies,
-        parts, BY_QUERY=by_query, **options,
+        sums, douts, qs, ks, vs, *statistics, *added, heads, heads // k.shape[1], seq_q, seq_k,
+        *dims_of(q, v, options), *q_strides, *k_strides, sign, lines, bias.shape[1], *copies, parts,
+        BY_QUERY=by_query, **options,
     )  # fmt: skip
     return _summed(sums, bias.dtype)
 

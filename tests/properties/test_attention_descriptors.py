@@ -157,6 +157,7 @@ def test_a_bias_of_every_score_has_its_gradient_from_the_kernel_of_dq(described,
         torch.autograd.grad(out, (bias, tensors[0]), tensors[3])
         for out, bias in zip(outs, (leaf, shared), strict=True)
     )
+    assert len(described) == 2 * 2 * 2 + (8 if window == (0, 0) else 4)
     assert torch.equal(own[0], own[1])
     assert torch.equal(dq, other_dq)
     torch.testing.assert_close(2 * own[:1], both, rtol=2**-6, atol=2**-8 * float(both.abs().max()))
