@@ -65,11 +65,10 @@ cudaError_t attention_append(void* k_cache, void* v_cache, const void* k, const 
                              cudaStream_t stream);
 
 // dq: null is not wanted. statistics: [3, batch, heads, seq_q], of a row the highest score, 1 / the
-// sum, and delta = sum(dout out) - dlse; exact: of out as it was before it was rounded. ds: [batch,
-// heads, seq_q, seq_k], the gradient of a bias of that size, written where a tile is seen, or null.
-// dlse: [batch, heads, seq_q] or null.
+// sum, and delta = sum(dout out) - dlse; exact: of out as it was before it was rounded. dlse:
+// [batch, heads, seq_q] or null.
 cudaError_t attention_queries_backward(
-    void* dq, float* statistics, float* ds, const void* dout, const float* dlse, const void* out,
+    void* dq, float* statistics, const void* dout, const float* dlse, const void* out,
     const float* highest, const float* total, const void* q, const void* k, const void* v,
     const uint8_t* mask, const void* bias, const float* slopes, const void* sinks,
     const int32_t* ends_q, const int32_t* ends_k, int64_t batch, int64_t heads, int64_t kv_heads,
@@ -83,6 +82,26 @@ cudaError_t attention_queries_backward(
     float scale, int64_t threshold, float kept_scale, const int64_t* seeds, const int64_t* offsets,
     int64_t seed_stride, int64_t offset_stride, int64_t seed, int64_t offset, bool exact,
     DType dtype, DType bias_dtype, DType sinks_dtype, cudaStream_t stream);
+
+// The statistics are those of attention_queries_backward. dbias: [parts, bias_batches, bias_heads,
+// bias_queries, seq_k], of which each but the parts is 1 where the bias is the same for all; fp32,
+// or if there is one part of the bias' own dtype: the sum over the parts is the gradient. A block
+// has kBiasTile queries and keys of a part.
+constexpr int64_t kBiasTile = 64;
+cudaError_t attention_bias_backward(
+    void* dbias, const void* dout, const float* statistics, const void* q, const void* k,
+    const void* v, const uint8_t* mask, const void* bias, const float* slopes, const void* sinks,
+    const int32_t* ends_q, const int32_t* ends_k, int64_t batch, int64_t heads, int64_t kv_heads,
+    int64_t seq_q, int64_t seq_k, int64_t dim, int64_t v_dim, int64_t rows_q, int64_t rows_k,
+    int64_t dout_batch, int64_t dout_head, int64_t dout_row, int64_t q_batch, int64_t q_head,
+    int64_t q_row, int64_t k_batch, int64_t k_head, int64_t k_row, int64_t v_batch, int64_t v_head,
+    int64_t v_row, int64_t mask_batch, int64_t mask_head, int64_t mask_query, int64_t mask_key,
+    int64_t bias_batch, int64_t bias_head, int64_t bias_query, int64_t bias_key,
+    int64_t slopes_batch, int64_t slopes_head, int64_t left, int64_t right, float softcap,
+    float scale, int64_t threshold, float kept_scale, const int64_t* seeds, const int64_t* offsets,
+    int64_t seed_stride, int64_t offset_stride, int64_t seed, int64_t offset, int64_t bias_batches,
+    int64_t bias_heads, int64_t bias_queries, int64_t parts, DType dtype, DType bias_dtype,
+    DType sinks_dtype, cudaStream_t stream);
 
 // The statistics are those of attention_queries_backward.
 cudaError_t attention_keys_backward(

@@ -212,7 +212,8 @@ Run run(const Case& c, const std::vector<Values>& inputs, const Dropout& dropout
   const Array dk(dtype, keys.count() * c.dim), dv(dtype, keys.count() * c.v_dim);
   const Array highest(DType::f32, queries.count()), sum(DType::f32, queries.count());
   const Array statistics(DType::f32, 3 * queries.count());
-  const Array ds(DType::f32, Values(static_cast<size_t>(all ? c.queries() * c.seq_k : 0)));
+  const DType of_ds = c.batch > 1 ? DType::f32 : dtype;
+  const Array ds(of_ds, all ? c.queries() * c.seq_k : 0);  // a part of the gradient is of a batch
 
   const auto given =
       std::make_tuple(q.at(), k.at(), v.at(), mask.at<uint8_t>(), bias.at(), slopes.at<float>(),
@@ -234,12 +235,17 @@ Run run(const Case& c, const std::vector<Values>& inputs, const Dropout& dropout
          std::make_tuple(out.at(), highest.at<float>(), sum.at<float>()), given, to_out, rows,
          options, end);
   launch("attention_queries_backward", attention_queries_backward,
-         std::make_tuple(dq.at(), statistics.at<float>(), ds.at<float>(), dout.at(),
-                         dlse.at<float>(), out.at(), highest.at<float>(), sum.at<float>()),
+         std::make_tuple(dq.at(), statistics.at<float>(), dout.at(), dlse.at<float>(), out.at(),
+                         highest.at<float>(), sum.at<float>()),
          given, to_q, of_dout, to_out, rows, options, std::make_tuple(all), end);
   launch("attention_keys_backward", attention_keys_backward,
          std::make_tuple(dk.at(), dv.at(), dout.at(), statistics.at<float>()), given,
          keys.strides(c.dim), keys.strides(c.v_dim), of_dout, rows, options, end);
+  if (all) {
+    launch("attention_bias_backward", attention_bias_backward,
+           std::make_tuple(ds.at(), dout.at(), statistics.at<float>()), given, of_dout, rows,
+           options, std::make_tuple(int64_t{1}, c.heads, c.seq_q, c.batch), end);
+  }
 
   Run run;
   const auto keep_rows = [&](const char* name, const Side& side, int64_t cols, const Array& array) {
@@ -256,7 +262,7 @@ Run run(const Case& c, const std::vector<Values>& inputs, const Dropout& dropout
   keep_rows("dq", queries, c.dim, dq);
   keep_rows("dk", keys, c.dim, dk);
   keep_rows("dv", keys, c.v_dim, dv);
-  if (all) keep(run, "ds", DType::f32, c.seq_k, ds);
+  if (all) keep(run, "ds", of_ds, c.seq_k, ds);
   return run;
 }
 

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from tilewise import _cuda
-from tilewise.kernels.cuda._shared import DTYPES, address, broadcast_strides, draw, stream
+from tilewise.kernels.cuda._shared import (
+    DTYPES,
+    MAX_PARTS,
+    address,
+    broadcast_strides,
+    draw,
+    stream,
+)
 
 LOG2_E = math.log2(math.e)
 
@@ -160,7 +167,6 @@ def _differentiate(
     """dq, dk, dv, dbias and dsinks, from what the forward pass returned and was given."""
     q, k, v, _, bias, _, sinks, ends, _ = given
     out, highest, total = results
-    batch, heads, _, seq_q, seq_k, *_ = sizes
     want_dq, want_dk, want_dv, want_dbias, want_dsinks = wanted
 
     def unwritten(x: Tensor) -> Tensor:
@@ -169,13 +175,10 @@ def _differentiate(
 
     dq = unwritten(q) if want_dq else None
     statistics = q.new_empty(3, *highest.shape, dtype=torch.float32)
-    ds = None
-    if want_dbias:  # zero where no tile is seen
-        ds = q.new_zeros(batch, heads, seq_q, seq_k, dtype=torch.float32)
     exact = want_dbias or (want_dsinks and sinks is not None and sinks.dtype == torch.float32)
     dtypes = _dtypes(q, bias, sinks)
     _cuda.attention_queries_backward(
-        *map(address, (dq, statistics, ds, dout, dlse, out, highest, total, *given)),
+        *map(address, (dq, statistics, dout, dlse, out, highest, total, *given)),
         *sizes, *rows_of(dq, dout, out, q, k, v), *options, exact, *dtypes,
     )  # fmt: skip
     dk = dv = dbias = dsinks = None
@@ -185,13 +188,32 @@ def _differentiate(
             *map(address, (dk, dv, dout, statistics, *given)),
             *sizes, *rows_of(dk, dv, dout, q, k, v), *options, *dtypes,
         )  # fmt: skip
-    if ds is not None and bias is not None:
-        dbias = ds.sum_to_size(bias.shape).to(bias.dtype)
+    if want_dbias and bias is not None:
+        sums = _parts_of(bias, sizes)
+        _cuda.attention_bias_backward(
+            *map(address, (sums, dout, statistics, *given)), *sizes, *rows_of(dout, q, k, v),
+            *options, *bias.shape[:3], len(sums), *dtypes,
+        )  # fmt: skip
+        dbias = sums[0] if len(sums) == 1 else sums.sum(0).to(bias.dtype)
     if want_dsinks and sinks is not None:
         dsinks = _of_sinks(sinks, statistics, total)
     grads = zip((dq, dk, dv), (want_dq, want_dk, want_dv), strict=True)
     grads = (t if wanted else None for t, wanted in grads)
     return tuple(q.new_empty(0) if t is None else t for t in (*grads, dbias, dsinks))
+
+
+def _parts_of(bias: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """An empty [parts, *bias.shape], for sums over parts of what a tile of the bias was added to:
+    as many as there must be to have work for all, of two or more each."""
+    batch, heads, _, seq_q, *_ = sizes
+    batches, own_heads, queries, keys = bias.shape
+    down, across = (-(-n // _cuda.bias_tile) for n in (queries, keys))
+    added_to = batch // batches * (heads // own_heads)
+    if queries == 1:
+        added_to *= -(-seq_q // _cuda.bias_tile)
+    parts = min(-(-added_to // 2), -(-MAX_PARTS // (batches * own_heads * down * across)))
+    dtype = bias.dtype if parts == 1 else torch.float32
+    return torch.empty((parts, *bias.shape), dtype=dtype, device=bias.device)
 
 
 def _of_sinks(sinks: Tensor, statistics: Tensor, total: Tensor) -> Tensor:

@@ -12,11 +12,24 @@ struct Statistics {
 };
 constexpr int kStatistics = 3;
 
-// In the place of s = q k^T and ds = dout v^T, p without what is dropped, and ds, before the scale:
-// of the products if `steep`, else of what the cap makes of them. of(m, n, e) gives the statistics
-// of a sum's query.
-template <bool kScored, bool kChecked, typename T, bool kKeysDown, int kDown, int kAcross,
-          typename Of>
+// Copy those of the queries from query0 on of a head; of queries there are none of they are 0.
+template <typename Queries>
+__device__ void fetch_statistics(Queries& to, int queries, const float* from, int64_t count,
+                                 int64_t head_row, int query0, int seq_q) {
+#pragma unroll
+  for (int i = threadIdx.x; i < kStatistics * queries; i += kAttentionThreads) {
+    const int which = i / queries, r = i % queries;
+    const bool inside = query0 + r < seq_q;
+    const float* source = inside ? from + which * count + head_row + query0 + r : from;
+    copy_async<4>(&to.beside(r).x + which, source, inside ? 4 : 0);
+  }
+}
+
+// In the place of s = q k^T and ds = dout v^T, p, with kAveraged without what is dropped, and ds,
+// before the scale: of the products if `steep`, else of what the cap makes of them. of(m, n, e)
+// gives the statistics of a sum's query.
+template <bool kScored, bool kChecked, bool kAveraged, typename T, bool kKeysDown, int kDown,
+          int kAcross, typename Of>
 __device__ void differentiate(Fragments<kDown, kAcross>& s, Fragments<kDown, kAcross>& ds,
                               const Scores<T>& scores, const Kept& kept,
                               const Pairs<kKeysDown>& pairs, bool steep, Of of) {
@@ -49,7 +62,7 @@ __device__ void differentiate(Fragments<kDown, kAcross>& s, Fragments<kDown, kAc
     each([factor](float& score, float& dp, const Statistics& row, bool drops) {
       const float p = exp2_approximate(score * factor - row.highest) * row.part;
       dp = p == 0.f ? 0.f : p * dp;  // of hidden keys it may be NaN
-      score = drops ? 0.f : p;
+      score = kAveraged && drops ? 0.f : p;
     });
   } else {
     if constexpr (kChecked) scores.limit(s, pairs);

@@ -67,13 +67,13 @@ struct Work {
     const Kept kept(b.a.options.dropout, int64_t{block.batch} * b.a.size.heads + head,
                     b.a.size.seq_q);
     const int col = 2 * (threadIdx.x % 4);
-    differentiate<kScored, kChecked>(s, ds, scores, kept,
-                                     Pairs<true>::of(tile * kQueries, key0, row), true,
-                                     [&](int, int n, int e) -> Statistics {
-                                       const int i = 8 * n + col + e % 2;
-                                       const float4 of = shared.q[buffer].beside(i);
-                                       return {of.x, of.y, of.z};
-                                     });
+    differentiate<kScored, kChecked, true>(s, ds, scores, kept,
+                                           Pairs<true>::of(tile * kQueries, key0, row), true,
+                                           [&](int, int n, int e) -> Statistics {
+                                             const int i = 8 * n + col + e % 2;
+                                             const float4 of = shared.q[buffer].beside(i);
+                                             return {of.x, of.y, of.z};
+                                           });
     if constexpr (kDv) multiply_down<T>(dv, s, shared.dout[buffer]);
     if constexpr (kDk) multiply_down<T>(dk, ds, shared.q[buffer]);
   }
@@ -96,19 +96,6 @@ struct Work {
     if constexpr (kDv) put(b.dv, dv, b.a.size.v_dim, kept_scale);
   }
 };
-
-// Copy the statistics of the queries from query0 on of a head; those there are none of are 0.
-template <typename Queries>
-__device__ void fetch_statistics(Queries& to, int queries, const float* from, int64_t count,
-                                 int64_t head_row, int query0, int seq_q) {
-#pragma unroll
-  for (int i = threadIdx.x; i < kStatistics * queries; i += kAttentionThreads) {
-    const int which = i / queries, r = i % queries;
-    const bool inside = query0 + r < seq_q;
-    const float* source = inside ? from + which * count + head_row + query0 + r : from;
-    copy_async<4>(&to.beside(r).x + which, source, inside ? 4 : 0);
-  }
-}
 
 // What a block does.
 template <typename T, int kDim, int kVDim, bool kDk, bool kDv, bool kScored>

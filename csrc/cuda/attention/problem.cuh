@@ -104,6 +104,22 @@ struct Block {
   }
 
   __device__ Block(const Sizes& size, int heads, const Packed& packed) : Block(size, heads) {
+    enter(size, packed);
+  }
+
+  // The head of queries and the tile that are said.
+  __device__ Block(const Sizes& size, int batch, int head, int tile)
+      : index(int64_t{batch} * size.heads + head),
+        batch(batch),
+        head(head),
+        tile(tile),
+        first_q(batch),
+        first_k(batch),
+        seq_q(size.seq_q),
+        seq_k(size.seq_k) {}
+
+  // Take the sequence with the batch's number.
+  __device__ void enter(const Sizes& size, const Packed& packed) {
     const Sequence q(packed.ends_q, packed.rows_q, batch, size.seq_q);
     const Sequence k(packed.ends_k, packed.rows_k, batch, size.seq_k);
     first_q = q.first, first_k = k.first, seq_q = q.count, seq_k = k.count;

@@ -1,8 +1,7 @@
-// dq: a block of queries, past which keys and values stream as in the forward pass. It begins with
-// the statistics of its queries, which the kernel of dk and dv reads after it. Of these delta is
-// only as exact as out, which is rounded: alike for all keys of a query, so that the sum over
-// queries that is the gradient of a bias does not average it away. For this the keys stream twice,
-// and delta is first added up from the probabilities.
+// dq: a block of queries, past which keys and values stream as in the forward pass. It leaves the
+// statistics of its queries to the kernels that come after it. Of these delta is only as exact as
+// out, which is rounded: alike for all keys of a query, so that the sum over queries that is the
+// gradient of a bias does not average it away. For this it is added up from the probabilities too.
 #include "cuda/attention/backward.cuh"
 
 namespace tilewise {
@@ -12,14 +11,14 @@ template <typename T>
 struct Backward {
   Attention<T> a;
   Heads<T> dq;
-  float *statistics, *ds;
+  float* statistics;
   Heads<const T> dout, out;
   const float *dlse, *highest, *total;
   bool exact;
 };
 
-// As in forward.cu; registers of the six 175, 196, 192, 205, 251, 243, scored 254, 254, 208, 227,
-// 254, 243; of packed sequences 177, 198, 193, 207, 248, 242, scored 255, 255, 215, 229, 254, 249.
+// As in forward.cu; registers of the six 173, 200, 194, 210, 246, 243, scored 254, 255, 220, 234,
+// 254, 252; of packed sequences 175, 202, 196, 213, 248, 244, scored 254, 255, 224, 238, 255, 243.
 // Shared bytes: 30720, 55296, 53248, 69632, 86016, 101376.
 template <int kDim, int kVDim>
 struct Shape {
@@ -50,6 +49,7 @@ struct Work {
   const int query0, row;  // of the block, and where in it the warp's begin
   Fragments<kDown, kDim / 8> dq = {};
   Statistics rows[kDown][2];
+  float exact[kDown][2] = {};  // delta, as a lane adds it up
 
   __device__ Work(const Backward<T>& b, Shared<T, kDim, kVDim>& shared, const Block& block)
       : b(b),
@@ -62,18 +62,10 @@ struct Work {
 
   __device__ bool is_exact() const { return kScored && b.exact; }
 
-  template <bool kChecked>
-  __device__ void gradients(Fragments<kDown, kKeys / 8>& s, Fragments<kDown, kKeys / 8>& ds,
-                            const Pairs<false>& pairs, int buffer, bool steep) {
+  __device__ void multiply_keys(Fragments<kDown, kKeys / 8>& s, int buffer) {
     multiply_across<T>(s, shared.k[buffer], [&](uint32_t(&a)[4], int m, int k) {
       load_rows(a, shared.q, row + 16 * m, 16 * k);
     });
-    multiply_across<T>(ds, shared.v[buffer], [&](uint32_t(&a)[4], int m, int k) {
-      load_rows(a, shared.dout, row + 16 * m, 16 * k);
-    });
-    differentiate<kScored, kChecked>(
-        s, ds, scores, kept, pairs, steep,
-        [&](int m, int, int e) -> const Statistics& { return rows[m][e / 2]; });
   }
 
   // sum(dout out), by as many lanes a row as it has accesses.
@@ -111,7 +103,7 @@ struct Work {
   }
 
   __device__ void begin() {
-    if (!is_exact()) multiply_outputs();
+    multiply_outputs();
 #pragma unroll
     for (int i = 0; i < 2 * kDown; ++i) {
       const int r = row + 8 * i + threadIdx.x % kWarpSize / 4, query = query0 + r;
@@ -121,64 +113,74 @@ struct Work {
       const int64_t place = b.a.lines.of(block.first_q, block.head) + query;
       const float total = b.total[place];
       if (total == 0.f) continue;
-      mine = {b.highest[place], 1.f / total, is_exact() ? 0.f : shared.dout.beside(r).x};
+      mine = {b.highest[place], 1.f / total, shared.dout.beside(r).x};
+      if (!b.dlse) continue;
+      const float dlse = b.dlse[place];
+      mine.delta -= dlse;
+      if (threadIdx.x % 4 == 0) exact[i / 2][i % 2] = -dlse;
     }
   }
 
-  // The statistics are complete but for dlse: write them.
   __device__ void put_statistics() {
     const int64_t count = b.a.lines.count;
 #pragma unroll
     for (int i = 0; i < 2 * kDown; ++i) {
       const int query = query0 + row + 8 * i + threadIdx.x % kWarpSize / 4;
-      Statistics& mine = rows[i / 2][i % 2];
-      if (query >= block.seq_q) continue;
+      const Statistics& mine = rows[i / 2][i % 2];
+      float sum = exact[i / 2][i % 2];
+      sum += __shfl_xor_sync(0xffffffff, sum, 1);
+      sum += __shfl_xor_sync(0xffffffff, sum, 2);
+      if (query >= block.seq_q || threadIdx.x % 4 != 0) continue;
       const int64_t place = b.a.lines.of(block.first_q, block.head) + query;
-      if (b.dlse && mine.part != 0.f) mine.delta -= b.dlse[place];
-      if (threadIdx.x % 4 != 0) continue;
       b.statistics[place] = mine.highest;
       b.statistics[place + count] = mine.part;
-      b.statistics[place + 2 * count] = mine.delta;
+      b.statistics[place + 2 * count] = is_exact() ? sum : mine.delta;
     }
   }
 
   template <bool kChecked>
   __device__ void attend(int tile, int buffer) {
     Fragments<kDown, kKeys / 8> s, ds;
-    const auto pairs = Pairs<false>::of(query0, tile * kKeys, row);
-    gradients<kChecked>(s, ds, pairs, buffer, !b.ds);
-    if (kScored && b.ds) {
-      const int64_t seq_k = b.a.size.seq_k;
-      float* to = b.ds + block.index * b.a.size.seq_q * seq_k;
-      for_pairs(ds, pairs, [&](float& value, int query, int key) {
-        if (query < block.seq_q && key < block.seq_k) to[query * seq_k + key] = value;
-      });
-    }
+    multiply_keys(s, buffer);
+    multiply_across<T>(ds, shared.v[buffer], [&](uint32_t(&a)[4], int m, int k) {
+      load_rows(a, shared.dout, row + 16 * m, 16 * k);
+    });
+    const bool adds = is_exact();
+    differentiate<kScored, kChecked, false>(
+        s, ds, scores, kept, Pairs<false>::of(query0, tile * kKeys, row), !adds,
+        [&](int m, int, int e) -> Statistics {
+          const Statistics& mine = rows[m][e / 2];
+          return {mine.highest, mine.part, adds ? 0.f : mine.delta};
+        });
+    if (adds) add_exactly(s, ds, buffer);
     multiply_down<T>(dq, ds, shared.k[buffer]);
   }
 
-  // Add a tile to the exact delta, which is all that ds is as long as delta itself is 0.
-  __device__ void add_delta(Fragments<kDown, 1>& sums, int tile, int buffer) {
-    Fragments<kDown, kKeys / 8> s, ds;
-    gradients<true>(s, ds, Pairs<false>::of(query0, tile * kKeys, row), buffer, false);
+  // ds is p dp, for it was made of a delta of 0: add that up, and take delta from it now. Where
+  // scores are capped, the products are made again: there is no room for them and p.
+  __device__ void add_exactly(Fragments<kDown, kKeys / 8>& s, Fragments<kDown, kKeys / 8>& ds,
+                              int buffer) {
+    const auto each = [&](auto body) {
 #pragma unroll
-    for (int i = 0; i < kDown * kKeys / 2; ++i) {
-      const int m = i / (kKeys / 2), n = i / 4 % (kKeys / 8), e = i % 4;
-      sums[m][0][e] += ds[m][n][e];
-    }
-  }
-
-  __device__ void end_delta(const Fragments<kDown, 1>& sums) {
-#pragma unroll
-    for (int i = 0; i < 2 * kDown; ++i) {
-      float sum = sums[i / 2][0][i % 2 * 2] + sums[i / 2][0][i % 2 * 2 + 1];
-      sum += __shfl_xor_sync(0xffffffff, sum, 1);
-      sum += __shfl_xor_sync(0xffffffff, sum, 2);
-      rows[i / 2][i % 2].delta = sum;
-    }
+      for (int i = 0; i < kDown * kKeys / 2; ++i) {
+        const int m = i / (kKeys / 2), n = i / 4 % (kKeys / 8), e = i % 4;
+        body(s[m][n][e], ds[m][n][e], m, e / 2);
+      }
+    };
+    each([&](float& p, float& dp, int m, int half) {
+      exact[m][half] += dp;
+      dp -= p * rows[m][half].delta;
+    });
+    if (b.a.options.softcap == 0.f) return;
+    multiply_keys(s, buffer);
+    each([](float& product, float& value, int, int) {
+      if (value == 0.f) product = 0.f;  // of hidden keys it may be NaN
+    });
+    scores.cap_both(s, ds, Pairs<false>{});
   }
 
   __device__ void end() {
+    put_statistics();
     if (!b.dq.at) return;
 #pragma unroll
     for (int i = 0; i < kDown * kDim / 2; ++i) {
@@ -221,7 +223,8 @@ __device__ void backward(const Backward<T>& b, Block block) {
   copy_async_commit();
   copy_async_wait<0>();
   __syncthreads();
-  const int whole = kScored ? 0 : keys.whole(), count = keys.count();
+  const int count = b.dq.at || b.exact ? keys.count() : 0;
+  const int whole = kScored ? 0 : min(keys.whole(), count);
   const auto arrive = [&](int n) {
     copy_async_wait<0>();
     __syncthreads();  // the tile is there, and nobody reads the one before it any more
@@ -229,18 +232,6 @@ __device__ void backward(const Backward<T>& b, Block block) {
   };
   if (count > 0) stream(0);
   work.begin();
-  if (work.is_exact()) {
-    Fragments<Shape<kDim, kVDim>::kDown, 1> sums = {};
-#pragma unroll 1
-    for (int n = 0; n < count; ++n) {
-      arrive(n);
-      work.add_delta(sums, keys.at(n), n % 2);
-    }
-    work.end_delta(sums);
-    __syncthreads();  // the last tile may be the first again
-    if (count > 0) stream(0);
-  }
-  work.put_statistics();
 #pragma unroll 1
   for (int n = 0; n < whole; ++n) {
     arrive(n);
@@ -269,7 +260,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
 }  // namespace
 
 cudaError_t attention_queries_backward(
-    void* dq, float* statistics, float* ds, const void* dout, const float* dlse, const void* out,
+    void* dq, float* statistics, const void* dout, const float* dlse, const void* out,
     const float* highest, const float* total, const void* q, const void* k, const void* v,
     const uint8_t* mask, const void* bias, const float* slopes, const void* sinks,
     const int32_t* ends_q, const int32_t* ends_k, int64_t batch, int64_t heads, int64_t kv_heads,
@@ -310,44 +301,34 @@ cudaError_t attention_queries_backward(
                        q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row);
   return for_half(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    Backward<T> b{{{static_cast<const T*>(q), q_batch, q_head, q_row},
-                   {static_cast<const T*>(k), k_batch, k_head, k_row},
-                   {static_cast<const T*>(v), v_batch, v_head, v_row},
-                   size,
-                   lines_of(size, packed),
-                   options,
-                   scale,
-                   wide},
-                  {static_cast<T*>(dq), dq_batch, dq_head, dq_row},
-                  statistics,
-                  ds,
-                  {static_cast<const T*>(dout), dout_batch, dout_head, dout_row},
-                  {static_cast<const T*>(out), out_batch, out_head, out_row},
-                  dlse,
-                  highest,
-                  total,
-                  exact};
-    return for_widths(size, is_scored(b.a) || ds || exact, [&](auto widths, auto scored) {
+    const Backward<T> b{{{static_cast<const T*>(q), q_batch, q_head, q_row},
+                         {static_cast<const T*>(k), k_batch, k_head, k_row},
+                         {static_cast<const T*>(v), v_batch, v_head, v_row},
+                         size,
+                         lines_of(size, packed),
+                         options,
+                         scale,
+                         wide},
+                        {static_cast<T*>(dq), dq_batch, dq_head, dq_row},
+                        statistics,
+                        {static_cast<const T*>(dout), dout_batch, dout_head, dout_row},
+                        {static_cast<const T*>(out), out_batch, out_head, out_row},
+                        dlse,
+                        highest,
+                        total,
+                        exact};
+    return for_widths(size, is_scored(b.a) || exact, [&](auto widths, auto scored) {
       constexpr int kDim = decltype(widths)::kDim, kVDim = decltype(widths)::kVDim;
       constexpr int kQueries = Shape<kDim, kVDim>::kQueries;
       constexpr bool kScored = decltype(scored)::value;
       constexpr int64_t kShared = sizeof(Shared<T, kDim, kVDim>);
-      const auto run = [&] {
-        if (ends_q) {
-          return launch_tiles(packed_queries_backward_kernel<T, kDim, kVDim, kScored>,
-                              batch * heads, tiles_of(std::min(seq_q, rows_q), kQueries), kShared,
-                              stream, b, packed);
-        }
-        return launch_tiles(queries_backward_kernel<T, kDim, kVDim, kScored>, batch * heads,
-                            tiles_of(seq_q, kQueries), kShared, stream, b);
-      };
-      if (ds && dq && softcap != 0.f) {  // of scores before the cap, and after it
-        b.ds = nullptr;
-        const cudaError_t status = run();
-        if (status != cudaSuccess) return status;
-        b.ds = ds, b.dq.at = nullptr;
+      if (ends_q) {
+        return launch_tiles(packed_queries_backward_kernel<T, kDim, kVDim, kScored>, batch * heads,
+                            tiles_of(std::min(seq_q, rows_q), kQueries), kShared, stream, b,
+                            packed);
       }
-      return run();
+      return launch_tiles(queries_backward_kernel<T, kDim, kVDim, kScored>, batch * heads,
+                          tiles_of(seq_q, kQueries), kShared, stream, b);
     });
   });
 }

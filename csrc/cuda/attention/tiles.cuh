@@ -102,14 +102,14 @@ __device__ void multiply_pair(Fragments<kDown, kAcross>& d, const uint32_t (&a)[
   }
 }
 
-// d = x y^T: rows of x from row on by all rows of y. load(a, m, k) is the operand of step k.
+// d += x y^T: rows of x from row on by all rows of y, of which so many columns are not zero.
+// load(a, m, k) is the operand of step k.
 template <typename T, int kDown, int kRows, int kDim, typename Load>
-__device__ void multiply_across(Fragments<kDown, kRows / 8>& d, Tile<T, kRows, kDim>& y,
-                                Load load) {
-#pragma unroll
-  for (int i = 0; i < kDown * kRows / 2; ++i) d[i / (kRows / 2)][i / 4 % (kRows / 8)][i % 4] = 0.f;
+__device__ void add_across(Fragments<kDown, kRows / 8>& d, Tile<T, kRows, kDim>& y, Load load,
+                           int cols = kDim) {
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k) {
+    if (16 * k >= cols) return;
     uint32_t a[kDown][4];
 #pragma unroll
     for (int m = 0; m < kDown; ++m) load(a[m], m, k);
@@ -120,6 +120,15 @@ __device__ void multiply_across(Fragments<kDown, kRows / 8>& d, Tile<T, kRows, k
       multiply_pair<T>(d, a, b, n);
     }
   }
+}
+
+// d = x y^T.
+template <typename T, int kDown, int kRows, int kDim, typename Load>
+__device__ void multiply_across(Fragments<kDown, kRows / 8>& d, Tile<T, kRows, kDim>& y,
+                                Load load) {
+#pragma unroll
+  for (int i = 0; i < kDown * kRows / 2; ++i) d[i / (kRows / 2)][i / 4 % (kRows / 8)][i % 4] = 0.f;
+  add_across<T>(d, y, load);
 }
 
 // Two neighbours, rounded, the first in the low half.
