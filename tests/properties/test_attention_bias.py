@@ -1,16 +1,18 @@
 """The gradient of a bias, in 16 bits: of whatever dims it has, however its sum is shared out, of
 nothing that is not seen, and without a tensor of all scores."""
 
+from importlib import import_module
 from itertools import combinations, pairwise
 
 import pytest
 import torch
-from attention_cases import with_gradients
+from attention_cases import able, with_gradients
 from cases import DEVICE, interpreted
 from packed_cases import LENGTHS, NAN, packed
 from packed_cases import with_gradients as of_packed
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tilewise import attention_with_lse
 from tilewise.check import check, failures
 from tilewise.ops.attention import ATTENTION
 
@@ -34,7 +36,7 @@ def of_bfloat16(backend, seq_q, seq_k, *shapes):
     if interpreted(backend) and DEVICE == "cpu":
         pytest.skip(f"{backend}: slow in the interpreter, and the declared sizes have it")
     generator = torch.Generator().manual_seed(0)
-    heads = (3, 4, seq_q, 24), (3, 2, seq_k, 24), (3, 2, seq_k, 24)
+    heads = (3, 4, seq_q, 72), (3, 2, seq_k, 72), (3, 2, seq_k, 24)
     return [
         torch.randn(s, generator=generator).to(DEVICE, torch.bfloat16) for s in (*heads, *shapes)
     ]
@@ -64,7 +66,7 @@ def test_its_sum_is_shared_out_whole(backend, size):
 
 
 @EVERY
-@pytest.mark.parametrize("shape", [(1, 1, 150, 75), (3, 1, 1, 75), (1, 4, 150, 75)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 150, 75), (3, 1, 1, 75), (1, 1, 150, 75)], ids=str)
 def test_runs_in_any_order_have_the_same_bits(backend, shape, monkeypatch):
     tensors = of_bfloat16(backend, 150, 75, shape)
     runs = []
@@ -107,24 +109,41 @@ def test_of_no_sequence_nothing_is_seen(backend, lengths):
     assert ours[5][~outside].any()
 
 
-class Largest(TorchFunctionMode):
-    """How many elements the largest tensor has that Python is given within the block."""
+@EVERY
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5, "dropout_p": 0.2, "seed": 1}], ids=str)
+def test_what_is_added_to_all_keys_moves_lse_alone(backend, options):
+    """As closely as sums in fp32 can say, whatever out is rounded to."""
+    q, k, v, bias, dout = of_bfloat16(backend, 70, 90, (3, 4, 70, 90), (3, 4, 70, 24))
+    able(backend, q, k, v, bias, **options)
+    bias, dlse = bias.float().requires_grad_(), torch.linspace(-1, 1, 840, device=DEVICE)
+    dlse = dlse.view(3, 4, 70)
+    both = attention_with_lse(q, k, v, bias, **options, backend=backend)
+    (dbias,) = torch.autograd.grad(both, bias, (dout, dlse))
+    values = v.float().abs().repeat_interleave(2, 1)
+    largest = float((dout.float().abs() @ values.mT).max()) / (1 - options.get("dropout_p", 0)) + 1
+    error = float((dbias.sum(-1) - dlse).abs().max())
+    assert error <= 90 * torch.finfo(torch.float32).eps * largest
+
+
+class Largest(TorchDispatchMode):
+    """How many elements the largest tensor has that is made within the block."""
 
     elements = 0
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for made in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(made, torch.Tensor):
-                self.elements = max(self.elements, made.numel())
+        self.elements = max(self.elements, out.numel())
         return out
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 100, 90), (1, 4, 100, 90), (3, 1, 1, 90)], ids=str)
 def test_no_tensor_of_all_scores_is_made(shape):
-    tensors = of_bfloat16("cuda", 100, 90, shape)
-    q, k, v, bias = (t.requires_grad_() for t in tensors)
+    q, k, v, bias = of_bfloat16("cuda", 100, 90, shape)
+    able("cuda", q, k, v, bias)
+    kernels = import_module(ATTENTION.backends["cuda"].module)
+    tensors, options = (q, k, v, None, bias, None, None), (-1, -1, 2.0, 0.3, 0.0, None, None, 0, 0)
+    results = kernels.attention_forward(*tensors, *options)
+    wanted = True, True, True, True, False
     with Largest() as largest:
-        out = ATTENTION.call(q, k, v, bias, softcap=2.0, backend="cuda")
-        torch.autograd.grad(out, (q, k, v, bias), torch.ones_like(out))
+        kernels.attention_backward(results[0], None, *tensors, *results, *options, *wanted)
     assert q.numel() <= largest.elements < 3 * 4 * 100 * 90
