@@ -64,11 +64,12 @@ cudaError_t attention_append(void* k_cache, void* v_cache, const void* k, const 
                              int64_t sin_stride, bool interleaved, DType dtype, DType table_dtype,
                              cudaStream_t stream);
 
-// dq: null is not wanted. statistics: [3, batch, heads, seq_q], of a row the highest score, 1 / the
-// sum, and delta = sum(dout out) - dlse; exact: of out as it was before it was rounded. dlse:
+// dq: null is not wanted. dbias: null, or [batch, heads, seq_q, seq_k] in the dtype, the gradient of
+// a bias like it where there is no softcap, written where a tile is seen; as exact as out is.
+// statistics: [3, batch, heads, seq_q], of a row the highest score, 1 / the sum, and delta = sum(dout out) - dlse; exact: of out as it was before it was rounded. dlse:
 // [batch, heads, seq_q] or null.
 cudaError_t attention_queries_backward(
-    void* dq, float* statistics, const void* dout, const float* dlse, const void* out,
+    void* dq, void* dbias, float* statistics, const void* dout, const float* dlse, const void* out,
     const float* highest, const float* total, const void* q, const void* k, const void* v,
     const uint8_t* mask, const void* bias, const float* slopes, const void* sinks,
     const int32_t* ends_q, const int32_t* ends_k, int64_t batch, int64_t heads, int64_t kv_heads,

@@ -235,8 +235,8 @@ Run run(const Case& c, const std::vector<Values>& inputs, const Dropout& dropout
          std::make_tuple(out.at(), highest.at<float>(), sum.at<float>()), given, to_out, rows,
          options, end);
   launch("attention_queries_backward", attention_queries_backward,
-         std::make_tuple(dq.at(), statistics.at<float>(), dout.at(), dlse.at<float>(), out.at(),
-                         highest.at<float>(), sum.at<float>()),
+         std::make_tuple(dq.at(), nullptr, statistics.at<float>(), dout.at(), dlse.at<float>(),
+                         out.at(), highest.at<float>(), sum.at<float>()),
          given, to_q, of_dout, to_out, rows, options, std::make_tuple(all), end);
   launch("attention_keys_backward", attention_keys_backward,
          std::make_tuple(dk.at(), dv.at(), dout.at(), statistics.at<float>()), given,

@@ -18,6 +18,7 @@ from tilewise.kernels.cuda._shared import (
 )
 
 LOG2_E = math.log2(math.e)
+_MANY = 32  # keys; delta is then off by less than the scores' gradients are
 
 
 def _laid_out(x: Tensor, cols: int) -> Tensor:
@@ -175,20 +176,23 @@ def _differentiate(
 
     dq = unwritten(q) if want_dq else None
     statistics = q.new_empty(3, *highest.shape, dtype=torch.float32)
-    exact = want_dbias or (want_dsinks and sinks is not None and sinks.dtype == torch.float32)
+    dbias = _written_with_dq(given, sizes, options) if want_dbias else None
+    exact = (want_dbias and dbias is None) or (
+        want_dsinks and sinks is not None and sinks.dtype == torch.float32
+    )
     dtypes = _dtypes(q, bias, sinks)
     _cuda.attention_queries_backward(
-        *map(address, (dq, statistics, dout, dlse, out, highest, total, *given)),
+        *map(address, (dq, dbias, statistics, dout, dlse, out, highest, total, *given)),
         *sizes, *rows_of(dq, dout, out, q, k, v), *options, exact, *dtypes,
     )  # fmt: skip
-    dk = dv = dbias = dsinks = None
+    dk = dv = dsinks = None
     if want_dk or want_dv:
         dk, dv = unwritten(k), unwritten(v)
         _cuda.attention_keys_backward(
             *map(address, (dk, dv, dout, statistics, *given)),
             *sizes, *rows_of(dk, dv, dout, q, k, v), *options, *dtypes,
         )  # fmt: skip
-    if want_dbias and bias is not None:
+    if want_dbias and dbias is None and bias is not None:
         sums = _parts_of(bias, sizes)
         _cuda.attention_bias_backward(
             *map(address, (sums, dout, statistics, *given)), *sizes, *rows_of(dout, q, k, v),
@@ -200,6 +204,23 @@ def _differentiate(
     grads = zip((dq, dk, dv), (want_dq, want_dk, want_dv), strict=True)
     grads = (t if wanted else None for t, wanted in grads)
     return tuple(q.new_empty(0) if t is None else t for t in (*grads, dbias, dsinks))
+
+
+def _written_with_dq(
+    given: tuple[Tensor | None, ...], sizes: tuple[int, ...], options: tuple[int | float, ...]
+) -> Tensor | None:
+    """Room for dbias where it is one element a score, zero where no tile is seen. Then the error of
+    delta is one of 16 bits too, but where a query may see next to nothing."""
+    q, _, _, mask, bias, _, _, ends, _ = given
+    batch, heads, _, seq_q, seq_k, *_ = sizes
+    left, right, softcap = options[10:13]
+    few = mask is not None or (min(left, right) >= 0 and left + right < _MANY)
+    if few or softcap or ends is not None or bias is None or q is None or bias.dtype != q.dtype:
+        return None
+    if bias.shape != (batch, heads, seq_q, seq_k):
+        return None
+    make = torch.empty if left < 0 and right < 0 else torch.zeros
+    return make(bias.shape, dtype=q.dtype, device=q.device)
 
 
 def _parts_of(bias: Tensor, sizes: tuple[int, ...]) -> Tensor:

@@ -60,6 +60,18 @@ def test_a_bias_of_any_dims(backend, dims, options):
 
 
 @EVERY
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"left": 40, "right": 3, "dropout_p": 0.3}, {"left": 2, "right": 1}],
+    ids=str,
+)
+@pytest.mark.parametrize("seq_k", [80, 131])
+def test_a_bias_with_an_element_for_every_score(backend, seq_k, options):
+    """And where queries see few keys, which is another kernel's."""
+    holds(backend, BASE | {"bias": "bhqk", "seq_k": seq_k, "seq_q": 130} | options)
+
+
+@EVERY
 @pytest.mark.parametrize("size", SHARED_OUT, ids=str)
 def test_its_sum_is_shared_out_whole(backend, size):
     holds(backend, size)

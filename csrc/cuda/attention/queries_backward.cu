@@ -2,6 +2,7 @@
 // statistics of its queries to the kernels that come after it. Of these delta is only as exact as
 // out, which is rounded: alike for all keys of a query, so that the sum over queries that is the
 // gradient of a bias does not average it away. For this it is added up from the probabilities too.
+// A bias with an element for every score is no such sum, and has its gradient from here.
 #include "cuda/attention/backward.cuh"
 
 namespace tilewise {
@@ -11,10 +12,13 @@ template <typename T>
 struct Backward {
   Attention<T> a;
   Heads<T> dq;
+  T* dbias;
   float* statistics;
   Heads<const T> dout, out;
   const float *dlse, *highest, *total;
   bool exact;
+
+  __device__ bool sees_keys() const { return dq.at || dbias || exact; }
 };
 
 // As in forward.cu; registers of the six 173, 200, 194, 210, 246, 243, scored 254, 255, 220, 234,
@@ -153,7 +157,27 @@ struct Work {
           return {mine.highest, mine.part, adds ? 0.f : mine.delta};
         });
     if (adds) add_exactly(s, ds, buffer);
+    if (kScored && b.dbias) put_scores(ds, tile * kKeys);
     multiply_down<T>(dq, ds, shared.k[buffer]);
+  }
+
+  __device__ void put_scores(const Fragments<kDown, kKeys / 8>& ds, int key0) {
+    const int lane = threadIdx.x % kWarpSize, seq_k = block.seq_k;
+    const bool even = seq_k % 2 == 0;
+#pragma unroll
+    for (int i = 0; i < kDown * kKeys / 4; ++i) {
+      const int m = i / (kKeys / 4), n = i / 2 % (kKeys / 8), e = i % 2 * 2;
+      const int query = query0 + row + 16 * m + 4 * e + lane / 4;
+      const int key = key0 + 8 * n + 2 * (lane % 4);
+      if (query >= block.seq_q || key >= seq_k) continue;
+      T* to = b.dbias + (block.index * block.seq_q + query) * int64_t{seq_k} + key;
+      if (even) {
+        *reinterpret_cast<uint32_t*>(to) = rounded_pair<T>(ds[m][n][e], ds[m][n][e + 1]);
+      } else {
+        to[0] = from_float<T>(ds[m][n][e]);
+        if (key + 1 < seq_k) to[1] = from_float<T>(ds[m][n][e + 1]);
+      }
+    }
   }
 
   // ds is p dp, for it was made of a delta of 0: add that up, and take delta from it now. Where
@@ -223,7 +247,7 @@ __device__ void backward(const Backward<T>& b, Block block) {
   copy_async_commit();
   copy_async_wait<0>();
   __syncthreads();
-  const int count = b.dq.at || b.exact ? keys.count() : 0;
+  const int count = b.sees_keys() ? keys.count() : 0;
   const int whole = kScored ? 0 : min(keys.whole(), count);
   const auto arrive = [&](int n) {
     copy_async_wait<0>();
@@ -260,7 +284,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kMinBlocks)
 }  // namespace
 
 cudaError_t attention_queries_backward(
-    void* dq, float* statistics, const void* dout, const float* dlse, const void* out,
+    void* dq, void* dbias, float* statistics, const void* dout, const float* dlse, const void* out,
     const float* highest, const float* total, const void* q, const void* k, const void* v,
     const uint8_t* mask, const void* bias, const float* slopes, const void* sinks,
     const int32_t* ends_q, const int32_t* ends_k, int64_t batch, int64_t heads, int64_t kv_heads,
@@ -310,6 +334,7 @@ cudaError_t attention_queries_backward(
                          scale,
                          wide},
                         {static_cast<T*>(dq), dq_batch, dq_head, dq_row},
+                        static_cast<T*>(dbias),
                         statistics,
                         {static_cast<const T*>(dout), dout_batch, dout_head, dout_row},
                         {static_cast<const T*>(out), out_batch, out_head, out_row},
@@ -317,7 +342,7 @@ cudaError_t attention_queries_backward(
                         highest,
                         total,
                         exact};
-    return for_widths(size, is_scored(b.a) || exact, [&](auto widths, auto scored) {
+    return for_widths(size, is_scored(b.a) || dbias || exact, [&](auto widths, auto scored) {
       constexpr int kDim = decltype(widths)::kDim, kVDim = decltype(widths)::kVDim;
       constexpr int kQueries = Shape<kDim, kVDim>::kQueries;
       constexpr bool kScored = decltype(scored)::value;
