@@ -12,6 +12,21 @@ struct Statistics {
 };
 constexpr int kStatistics = 3;
 
+// What dk and dv are computed from.
+template <typename T>
+struct KeysBackward {
+  Attention<T> a;
+  Heads<T> dk, dv;
+  Heads<const T> dout;
+  const float* statistics;
+};
+
+// Whether the kernel of Hopper takes this, and on this GPU; and its launch.
+template <typename T>
+bool is_for_hopper(const KeysBackward<T>& b);
+template <typename T>
+cudaError_t hopper_keys_backward(const KeysBackward<T>& b, cudaStream_t stream);
+
 // Copy those of the queries from query0 on of a head; of queries there are none of they are 0.
 template <typename Queries>
 __device__ void fetch_statistics(Queries& to, int queries, const float* from, int64_t count,

@@ -6,12 +6,7 @@ namespace tilewise {
 namespace {
 
 template <typename T>
-struct Backward {
-  Attention<T> a;
-  Heads<T> dk, dv;
-  Heads<const T> dout;
-  const float* statistics;
-};
+using Backward = KeysBackward<T>;
 
 // As in forward.cu; registers of the six 195, 223, 228, 253, 255, 239, scored 242, 255, 232, 246,
 // 250, 242; of packed sequences 199, 226, 231, 251, 255, 240, scored 254, 255, 238, 246, 249, 239.
@@ -218,6 +213,9 @@ cudaError_t attention_keys_backward(
                         {static_cast<T*>(dv), dv_batch, dv_head, dv_row},
                         {static_cast<const T*>(dout), dout_batch, dout_head, dout_row},
                         statistics};
+#ifdef TILEWISE_HOPPER
+    if (!ends_q && is_for_hopper(b)) return hopper_keys_backward(b, stream);
+#endif
     return for_widths(size, is_scored(b.a), [&](auto widths, auto scored) {
       constexpr int kDim = decltype(widths)::kDim, kVDim = decltype(widths)::kVDim;
       constexpr int kKeys = Shape<kDim, kVDim>::kKeys;

@@ -122,6 +122,10 @@ PROMISES: Sequence[Promise] = (
         ("attention",), "hopper_kernel<*>", "cuda", dtypes=HALVES,
         architectures=frozenset({"sm_90"}), instruction="HGMMA",
     ),
+    Promise(
+        ("attention",), "hopper_keys_kernel<*>", "cuda", dtypes=HALVES,
+        architectures=frozenset({"sm_90"}), instruction="HGMMA",
+    ),
     Promise(("sample",), "tile_kernel<*>", "cuda", dtypes=HALVES, instruction="HMMA"),
     Promise(("attention",), "append_kernel<8, *", "cuda", dtypes=HALVES, wide=True),
     Promise(_ROWS, "*, true>", "cuda", wide=True),  # rows that are whole 16-byte accesses
