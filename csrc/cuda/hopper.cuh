@@ -316,8 +316,8 @@ constexpr int kTileAlignment = 1024;  // of what the copy engine swizzles: its l
 // The block's dynamic shared memory as a T that is aligned for any swizzle.
 template <typename T>
 __device__ T& shared_tiles() {
-  const auto raw = reinterpret_cast<uintptr_t>(dynamic_shared());
-  return *reinterpret_cast<T*>((raw + kTileAlignment - 1) / kTileAlignment * kTileAlignment);
+  auto* raw = reinterpret_cast<unsigned char*>(dynamic_shared());  // compilers see where it points
+  return *reinterpret_cast<T*>(raw + -reinterpret_cast<uintptr_t>(raw) % kTileAlignment);
 }
 
 // How many bytes of shared memory a launch asks for, to have them aligned.

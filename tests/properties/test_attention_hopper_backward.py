@@ -146,15 +146,15 @@ def test_which_kernel_it_is(play, case):
         play(major)
         found.append(backward(tensors, cotangents, results, **options)[2:])
     alike = [torch.equal(one, other) for one, other in zip(*found, strict=True)]
-    assert alike == [True] + [case in LEFT] * 2  # dq has one kernel yet
+    assert alike == [case in LEFT] * 3
 
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
 def test_bits_do_not_depend_on_the_order(play, monkeypatch, dim, causal):
-    """In which blocks and threads take turns, and copies come."""
+    """In which blocks and threads take turns, and copies come. More tiles than go in a ring."""
     play(HOPPER)
-    tensors = tensors_of(torch.float16, heads=2, kv_heads=1, seq_q=270, seq_k=140, dim=dim)
+    tensors = tensors_of(torch.float16, heads=2, kv_heads=1, seq_q=150, seq_k=530, dim=dim)
     cotangents = cotangents_of(tensors)
     found = []
     for order in ORDERS:

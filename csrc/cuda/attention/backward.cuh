@@ -21,11 +21,25 @@ struct KeysBackward {
   const float* statistics;
 };
 
-// Whether the kernel of Hopper takes this, and on this GPU; and its launch.
+// And the statistics and dq, which nobody may ask for.
+template <typename T>
+struct QueriesBackward {
+  Attention<T> a;
+  Heads<T> dq;
+  float* statistics;
+  Heads<const T> dout, out;
+  const float *dlse, *highest, *total;
+};
+
+// Whether the kernels of Hopper take this, and on this GPU; and their launches.
 template <typename T>
 bool is_for_hopper(const KeysBackward<T>& b);
 template <typename T>
 cudaError_t hopper_keys_backward(const KeysBackward<T>& b, cudaStream_t stream);
+template <typename T>
+bool is_for_hopper(const QueriesBackward<T>& b);
+template <typename T>
+cudaError_t hopper_queries_backward(const QueriesBackward<T>& b, cudaStream_t stream);
 
 // Copy those of the queries from query0 on of a head; of queries there are none of they are 0.
 template <typename Queries>

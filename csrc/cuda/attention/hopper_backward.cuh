@@ -14,7 +14,7 @@ namespace tilewise {
 
 constexpr int kBackwardConsumers = 2, kBackwardRows = kBackwardConsumers * kGroupRows;
 constexpr int kBackwardThreads = kWarpgroup * (1 + kBackwardConsumers);
-constexpr int kBackwardStages = 3;  // of a ring: one is read to the end, one from the start
+constexpr int kBackwardStages = 3;  // of a ring: a tile whose end is read, one begun, one to come
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
 // Which head a block works on, of `heads` of all batches, and which of its tiles.
@@ -31,7 +31,7 @@ struct Place {
   }
 };
 
-// The n-th tile of the other side: as in the forward pass, those that are not seen whole come first.
+// The n-th tile of the other side: as in the forward pass, those that are not seen whole are first.
 __device__ inline int turn_of(const Reach& reach, int n) { return reach.at(reach.count() - 1 - n); }
 __device__ inline int partial(const Reach& reach) { return reach.count() - reach.whole(); }
 

@@ -4,7 +4,8 @@
 // that are read both along their rows and down their columns.
 //
 // The tensor cores have work while a consumer computes powers: the product with the queries of the
-// tile before and dout's of this one; and while it computes gradients: the product with dout.
+// tile before, and the values' with dout of this one. While it computes gradients they are the
+// other consumer's.
 #ifdef TILEWISE_HOPPER
 
 #include "cuda/attention/hopper_backward.cuh"
@@ -14,28 +15,27 @@ namespace {
 
 constexpr int kKeys = kBackwardRows, kQueries = 64, kStages = kBackwardStages;
 
-// Of a consumer's registers dk and dv, scores, their gradients and an operand take 64 + 64 + 32 + 32
-// + 16 for heads of 128, and 32 + 32 + 32 + 32 + 16 for heads of 64. Shared bytes of a block: 166912
-// and 84992. nvcc 13.0 has no spills and serialises no product.
+// Of a consumer's registers dk and dv, scores, their gradients and an operand take 64 + 64 + 32 +
+// 32 + 16 for heads of 128, and 32 + 32 + 32 + 32 + 16 for heads of 64. Shared bytes of a block:
+// 166912 and 84992. nvcc 13.0 has no spills and serialises no product.
 //
 // By count, not measured: the tensor cores need 1024 and 512 cycles for the four products of a
-// consumer's tile, which take 768 and 384 of shared memory, and its powers 256.
+// consumer's tile, which keep shared memory busy for 768 and 384, and its powers 256.
 template <typename T, int kDim>
 struct Shared {
   Panels<T, kKeys, kDim> k, v;
   Panels<T, kQueries, kDim> q[kStages], dout[kStages];
   float statistics[kStages][kStatistics][kQueries];  // of the queries in q
-  // Of each slot: what belongs in it has come; all consumers are done with it.
-  uint64_t k_full, v_full, q_full[kStages], q_empty[kStages], dout_full[kStages],
-      dout_empty[kStages];
+  // Of each slot: what belongs in it has come; all consumers' warps are done with it.
+  uint64_t k_full, v_full, q_full[kStages], dout_full[kStages], empty[kStages];
 
   __device__ void init() {
     constexpr int kWarps = kWarpgroup / kWarpSize;
     barrier_init(&k_full, 1), barrier_init(&v_full, 1);
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&q_full[i], 2);  // statistics arrive by themselves
-      barrier_init(&q_empty[i], kBackwardConsumers * kWarps);
-      barrier_init(&dout_full[i], 1), barrier_init(&dout_empty[i], kBackwardConsumers);
+      barrier_init(&dout_full[i], 1);
+      barrier_init(&empty[i], kBackwardConsumers * kWarps);
     }
     barrier_init_fence();
   }
@@ -100,10 +100,9 @@ __device__ void produce(const KeysLaunch<T>& launch, Shared<T, kDim>& shared, co
     for (int n = 0; n < count; ++n) {
       const int query0 = turn_of(item.queries, n) * kQueries;
       uint64_t* full = &shared.q_full[turn.slot];
-      barrier_wait(&shared.q_empty[turn.slot], turn.odd ^ 1);
+      barrier_wait(&shared.empty[turn.slot], turn.odd ^ 1);
       if (leads) {
         shared.q[turn.slot].load(launch.q, full, query0, head, item.batch, often);
-        barrier_wait(&shared.dout_empty[turn.slot], turn.odd ^ 1);
         if (n == 0 && head == item.kv_head * group) {
           shared.v.load(launch.v, &shared.v_full, item.key0, item.kv_head, item.batch, once);
         }
@@ -186,19 +185,18 @@ struct Work {
   }
 
   // Tile n of a head, the `number`-th of all. Its scores have come; on their way are the product
-  // with the queries of the tile before and then gradients. Here nothing is on its way but once:
-  // ptxas follows no products that go on from round to round for ever.
+  // with the queries of the tile before and then gradients. Once a tile nothing is: where products
+  // overlap from tile to tile without an end, ptxas serialises them all.
   template <bool kMore>
   __device__ __forceinline__ void step(int n, int number) {
     const int slot = turn.slot, before = slot ? slot - 1 : kStages - 1;
     attend(n, slot);
-    wgmma_wait<1>(s);  // the product with queries is done, and its operand may change
-    if (number > 0 && thread % kWarpSize == 0) barrier_arrive(&shared.q_empty[before]);
+    wgmma_wait<1>(s);  // the last queries' product is done, and its operand may change
+    if (number > 0 && thread % kWarpSize == 0) barrier_arrive(&shared.empty[before]);
     round_sums<T>(operand, s);
     start_down(dv, operand, shared.dout[slot]);
 
     wgmma_wait<0>(ds);
-    if (thread == 0) barrier_arrive(&shared.dout_empty[slot]);
     differentiate(slot);
     round_sums<T>(operand, ds);
     __syncwarp();  // all lanes have read their statistics

@@ -342,6 +342,12 @@ cudaError_t attention_queries_backward(
                         highest,
                         total,
                         exact};
+#ifdef TILEWISE_HOPPER
+    const QueriesBackward<T> plain{b.a, b.dq, statistics, b.dout, b.out, dlse, highest, total};
+    if (!ends_q && !dbias && !exact && is_for_hopper(plain)) {
+      return hopper_queries_backward(plain, stream);
+    }
+#endif
     return for_widths(size, is_scored(b.a) || dbias || exact, [&](auto widths, auto scored) {
       constexpr int kDim = decltype(widths)::kDim, kVDim = decltype(widths)::kVDim;
       constexpr int kQueries = Shape<kDim, kVDim>::kQueries;

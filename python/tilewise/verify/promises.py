@@ -118,13 +118,12 @@ PROMISES: Sequence[Promise] = (
     ),
     Promise(("attention",), "*ward_kernel<*>", "cuda", dtypes=HALVES, instruction="HMMA"),
     Promise(("attention",), "decode_kernel<*>", "cuda", dtypes=HALVES, instruction="HMMA"),
-    Promise(
-        ("attention",), "hopper_kernel<*>", "cuda", dtypes=HALVES,
-        architectures=frozenset({"sm_90"}), instruction="HGMMA",
-    ),
-    Promise(
-        ("attention",), "hopper_keys_kernel<*>", "cuda", dtypes=HALVES,
-        architectures=frozenset({"sm_90"}), instruction="HGMMA",
+    *(
+        Promise(
+            ("attention",), f"{kernel}<*>", "cuda", dtypes=HALVES,
+            architectures=frozenset({"sm_90"}), instruction="HGMMA",
+        )
+        for kernel in ("hopper_kernel", "hopper_keys_kernel", "hopper_queries_kernel")
     ),
     Promise(("sample",), "tile_kernel<*>", "cuda", dtypes=HALVES, instruction="HMMA"),
     Promise(("attention",), "append_kernel<8, *", "cuda", dtypes=HALVES, wide=True),
