@@ -1,11 +1,15 @@
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from cases import DEVICE, STAND_INS
+
+from tilewise import native
+from tilewise.choice import refusal
+from tilewise.ops.attention import ATTENTION
 
 # Where Triton is interpreted, every kernel that a test launches is watched.
 pytest_plugins = ["tilewise.verify.plugin"]
@@ -46,6 +50,22 @@ def on_the_device() -> Iterator[None]:
     """Make tensors on the GPU, where there is one, unless told otherwise."""
     with torch.device(DEVICE) if DEVICE != "cpu" else nullcontext():
         yield
+
+
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have launchers of attention in CUDA believe that the GPU is of this architecture."""
+    some = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=DEVICE)
+    if no := refusal(ATTENTION.backends["cuda"], some, some, some):
+        pytest.skip(f"cuda: {no[1]}")
+
+    def playing(major: str) -> None:
+        if native.EMULATED:
+            monkeypatch.setenv("TILEWISE_EMULATION_MAJOR", major)
+        elif major != str(torch.cuda.get_device_capability()[0]):
+            pytest.skip(f"cuda: the GPU is not of architecture {major}")
+
+    return playing
 
 
 @pytest.fixture(scope="session")

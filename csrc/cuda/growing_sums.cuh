@@ -2,6 +2,7 @@
 // grow in shared memory or where they are written, and parts.cuh adds the parts.
 #pragma once
 
+#include "cuda/cluster_launch.cuh"
 #include "cuda/parts.cuh"
 #include "cuda/rows.cuh"
 
@@ -49,12 +50,8 @@ cudaError_t launch_parts(void (*kernel)(Parameters...), int arrays, int64_t part
   int64_t shared = arrays * int64_t{threads.y} * cols * int64_t{sizeof(float)};
   const bool in_shared = shared <= kMaxSharedBytes;
   if (!in_shared) shared = 0;
-  constexpr int64_t kNeedsNoLeave = 48 * 1024;
-  if (shared > kNeedsNoLeave) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (status != cudaSuccess) return status;
-  }
+  const cudaError_t status = allow_shared(reinterpret_cast<const void*>(kernel), shared);
+  if (status != cudaSuccess) return status;
   return launch(kernel, blocks_for(parts, threads), threads, shared, stream, arguments...,
                 in_shared);
 }

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -45,6 +46,26 @@ inline float exp2_approximate(float x) { return exp2f(x); }
 __device__ inline float* dynamic_shared() {
   TILEWISE_DYNAMIC_SHARED(floats, float);
   return floats;
+}
+
+inline int current_device() {
+  int device = 0;
+  cudaGetDevice(&device);
+  return device;
+}
+
+// What the current device says of itself. It is asked once: a device does not change.
+inline int attribute(cudaDeviceAttr asked) {
+  constexpr int kDevices = 16, kAttributes = 128;
+  static std::atomic<int> known[kDevices][kAttributes];  // a zero is asked for again
+  const int device = current_device();
+  const bool kept = device < kDevices && asked < kAttributes;
+  int value = kept ? known[device][asked].load(std::memory_order_relaxed) : 0;
+  if (value == 0) {
+    cudaDeviceGetAttribute(&value, asked, device);
+    if (kept) known[device][asked].store(value, std::memory_order_relaxed);
+  }
+  return value;
 }
 
 // Launch kernel on at most as many blocks as a grid can have: it loops over the rest.

@@ -17,11 +17,8 @@ struct Machine {
 };
 
 inline Machine machine() {
-  int device = 0, major = 0, shared = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return {major >= 9, shared};
+  return {attribute(cudaDevAttrComputeCapabilityMajor) >= 9,
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
 }
 
 // How the rows of an op are worked on.

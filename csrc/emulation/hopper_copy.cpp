@@ -2,6 +2,7 @@
 // can go on without one, in an order that is the scheduler's. A store reads and writes when its
 // group is waited for; one that nobody waits for must not outlive its shared memory.
 #include <algorithm>
+#include <atomic>
 
 #include "emulation/hopper.h"
 #include "emulation/late.h"
@@ -260,6 +261,11 @@ void bulk_commit() { ++emulation::groups_of(emulation::machine.current).committe
 
 }  // namespace tilewise
 
+// How many maps were made, for tests in Python, which find it by this name in the module.
+extern "C" {
+[[gnu::visibility("default")]] std::atomic<int64_t> tilewise_tensor_maps_made{0};
+}
+
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
                                 void* base, const cuuint64_t* sizes, const cuuint64_t* strides,
                                 const cuuint32_t* box, const cuuint32_t* steps,
@@ -290,5 +296,6 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
   const uint32_t row = made.row_bytes();
   if (row % kPiece || (swizzle && row > kPiece * made.pieces())) return CUDA_ERROR_INVALID_VALUE;
   new (map) tilewise::emulation::Map(made);
+  ++tilewise_tensor_maps_made;
   return CUDA_SUCCESS;
 }

@@ -15,6 +15,8 @@ namespace {
 
 using namespace tilewise::emulation;
 
+constexpr int kHopper = 9;
+
 thread_local cudaError_t last_error = cudaSuccess;
 
 std::mutex limits_lock;
@@ -24,6 +26,12 @@ size_t dynamic_limit(const void* kernel) {
   const std::lock_guard<std::mutex> lock(limits_lock);
   const auto found = dynamic_limits.find(kernel);
   return found == dynamic_limits.end() ? kDefaultSharedBytes : found->second;
+}
+
+// The major architecture that launchers are to believe in: Hopper's, or that of a GPU before it.
+int played_major() {
+  const char* major = std::getenv("TILEWISE_EMULATION_MAJOR");
+  return major ? std::atoi(major) : kHopper;
 }
 
 cudaError_t returned(cudaError_t error) {
@@ -93,8 +101,10 @@ cudaError_t cudaSetDevice(int device) {
   return returned(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
 }
 
+// A device does not change, and launchers remember what it said: another architecture is another
+// device, with the number of its own.
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = played_major() == kHopper ? 0 : played_major();
   return cudaSuccess;
 }
 
@@ -104,7 +114,9 @@ cudaError_t cudaGetDeviceCount(int* count) {
 }
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
-  if (device != 0) return returned(cudaErrorInvalidDevice);
+  int current = 0;
+  cudaGetDevice(&current);
+  if (device != 0 && device != current) return returned(cudaErrorInvalidDevice);
   std::memset(properties, 0, sizeof *properties);
   std::strcpy(properties->name, "emulated");
   properties->totalGlobalMem = size_t{1} << 36;
@@ -113,9 +125,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   properties->warpSize = kLanes;
   properties->maxThreadsPerBlock = kMaxBlockThreads;
   properties->multiProcessorCount = 4;
-  // Launchers ask for it to know what they may use: here that of Hopper, or a GPU's before it.
-  const char* major = std::getenv("TILEWISE_EMULATION_MAJOR");
-  properties->major = major ? std::atoi(major) : 9;
+  properties->major = device ? device : kHopper;
   properties->l2CacheSize = 1 << 25;
   return cudaSuccess;
 }

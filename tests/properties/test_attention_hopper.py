@@ -3,13 +3,14 @@
 The emulator plays either GPU, so both kernels are held to the same cases here.
 """
 
+from ctypes import CDLL, c_int64
+
 import pytest
 import torch
 from cases import DEVICE, unless
 
-from tilewise import attention, attention_with_lse, native
+from tilewise import attention, attention_with_lse, emulation, native
 from tilewise.check import check, compare, failures, standard_of
-from tilewise.choice import refusal
 from tilewise.op import HALVES, OPS
 from tilewise.ops.attention import ATTENTION
 
@@ -30,22 +31,6 @@ CASES = [
     for dim in (64, 128)
     for seen in SEEN
 ]  # fmt: skip
-
-
-@pytest.fixture
-def play(monkeypatch):
-    """Have launchers believe that the GPU is of this architecture."""
-    some = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=DEVICE)
-    if no := refusal(ATTENTION.backends["cuda"], some, some, some):
-        pytest.skip(f"cuda: {no[1]}")
-
-    def playing(major):
-        if native.EMULATED:
-            monkeypatch.setenv("TILEWISE_EMULATION_MAJOR", major)
-        elif major != str(torch.cuda.get_device_capability()[0]):
-            pytest.skip(f"cuda: the GPU is not of architecture {major}")
-
-    return playing
 
 
 def tensors_of(dtype=torch.bfloat16, **size):
@@ -161,3 +146,44 @@ def test_bits_do_not_depend_on_the_order(play, monkeypatch, dim, causal):
     for out, lse in found[1:]:
         assert torch.equal(out, found[0][0])
         assert torch.equal(lse, found[0][1])
+
+
+# --- Maps for the copy engine.
+
+KERNELS = "tilewise.kernels.cuda.attention"
+MAPS = {
+    "again": (0, as_they_are, {}),
+    "address": (1, lambda q, k, v: (q, k.clone(), v), {}),
+    "size": (2, lambda q, k, v: (q, k[:, :, :-3], v[:, :, :-3]), {}),
+    "stride": (1, lambda q, k, v: (q.as_strided(q.shape, (*q.stride()[:2], 136, 1)), k, v), {}),
+    "box": (2, as_they_are, {"causal": True}),  # of fewer keys
+    "dtype": (4, lambda *tensors: tuple(t.view(torch.float16) for t in tensors), {}),
+}
+
+
+@pytest.mark.parametrize("case", MAPS)
+def test_a_map_is_made_once(play, monkeypatch, case):
+    """A launch makes no map that was made before: only of what is another tensor, or box."""
+    play(HOPPER)
+    if not native.EMULATED:
+        pytest.skip("cuda: only the emulator counts the maps that are made")
+    made = c_int64.in_dll(CDLL(str(emulation.find())), "tilewise_tensor_maps_made")
+    q, k, v = tensors_of(seq_q=35, seq_k=173 + list(MAPS).index(case), dim=128)
+    q = torch.cat([q, q, q], 2)[:, :, :35]  # with room for another stride
+    out = attention(q, k, v, backend="cuda")
+
+    def launch(q, k, v, **options):
+        """How many maps were made, and the error of the result by what it may be."""
+        monkeypatch.setattr(f"{KERNELS}._laid_out", lambda *_: out.view(q.dtype))
+        before = made.value
+        result = attention(q, k, v, **options, backend="cuda")
+        error, allowed = error_of(result, (q, k, v), **options)
+        return made.value - before, error / allowed
+
+    count, change, options = MAPS[case]
+    assert launch(q, k, v)[1] <= 1
+    tensors = change(q, k, v)
+    for expected in (count, 0):
+        found, error = launch(*tensors, **options)
+        assert found == expected
+        assert error <= 1

@@ -1,5 +1,5 @@
 // What the launchers of attention on Hopper have in common: which tensors the copy engine can find
-// its way through, and what the GPU is.
+// its way through.
 #pragma once
 
 #include "cuda/attention/hopper.cuh"
@@ -18,13 +18,6 @@ cudaError_t make_map(CUtensorMap* map, const Heads<T>& x, int64_t batch, int64_t
   return make_tensor_map(map, kType, x.at, {dim, seq, heads, batch},
                          {stride(seq, x.row), stride(heads, x.head), stride(batch, x.batch)},
                          {kPanelCols, rows, 1, 1}, Swizzle::bytes128);
-}
-
-inline int attribute(cudaDeviceAttr asked) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, asked, device);
-  return value;
 }
 
 // Whether a tensor map can have these strides: positive ones, of what there is more than one of.
