@@ -261,7 +261,7 @@ cudaError_t attention_forward(
                        highest,
                        total};
 #ifdef TILEWISE_HOPPER
-    if (!ends_q && is_for_hopper(f)) return hopper_forward(f, stream);
+    if (is_for_hopper(f, packed)) return hopper_forward(f, packed, stream);
 #endif
     return for_widths(size, is_scored(f.a), [&](auto widths, auto scored) {
       constexpr int kDim = decltype(widths)::kDim, kVDim = decltype(widths)::kVDim;

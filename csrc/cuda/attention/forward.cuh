@@ -41,8 +41,8 @@ __device__ __forceinline__ float soften(float (&s)[kAcross][4], int half, float&
 
 // Whether the kernel of Hopper takes this, and on this GPU; and its launch.
 template <typename T>
-bool is_for_hopper(const Forward<T>& f);
+bool is_for_hopper(const Forward<T>& f, const Packed& packed);
 template <typename T>
-cudaError_t hopper_forward(const Forward<T>& f, cudaStream_t stream);
+cudaError_t hopper_forward(const Forward<T>& f, const Packed& packed, cudaStream_t stream);
 
 }  // namespace tilewise

@@ -1,8 +1,8 @@
 // The forward pass on Hopper, for heads of 64 and 128 whose scores are only limited by the window:
 // the rest is forward.cu's. A producer keeps rings of keys and values filled by the copy engine;
 // each consumer, a warpgroup, has 64 queries, and its scores and probabilities never leave
-// registers. What lies beyond a head comes as zeros and is not written: the copy engine knows where
-// a tensor ends.
+// registers. What lies beyond a head, or a packed sequence, comes as zeros and is not written: the
+// copy engine knows where they end.
 //
 // Two things keep the tensor cores busy during the softmax (FlashAttention-3, Shah et al.,
 // https://arxiv.org/abs/2407.08608): consumers take turns, and a consumer's scores of a tile become
@@ -15,36 +15,38 @@
 namespace tilewise {
 namespace {
 
-template <typename T, int kDim, int kKeys>
+template <bool kPacked, typename T, int kDim, int kKeys>
 __device__ void produce(const Launch<T>& launch, HopperShared<T, kDim, kKeys>& shared) {
+  using Ring = Turn<HopperShape<kDim>::kStages>;
   Turn<1> q;
-  Turn<HopperShape<kDim>::kStages> k, v;
-  const uint64_t once = evict_first(), often = evict_last();
-  for_items<kDim, kKeys>(launch, [&](const Item& item) {
-    const int count = item.keys.count();
-    for (int n = 0; n <= count && count > 0; ++n) {
-      if (n < count) {
-        barrier_wait(&shared.k_empty[k.slot], k.odd ^ 1);
-        shared.k[k.slot].load(launch.k, &shared.k_full[k.slot], item.at(n) * kKeys, item.kv_head,
-                              item.batch, often);
-        k.next();
-      }
-      if (n == 0) {
-        barrier_wait(&shared.q_empty, q.odd ^ 1);
-        shared.q.load(launch.q, &shared.q_full, item.query0, item.head, item.batch, once);
-        q.next();
-      } else {
-        barrier_wait(&shared.v_empty[v.slot], v.odd ^ 1);
-        shared.v[v.slot].load(launch.v, &shared.v_full[v.slot], item.at(n - 1) * kKeys,
-                              item.kv_head, item.batch, often);
-        v.next();
-      }
+  Ring v;  // keys are a tile ahead
+  for_items<kPacked, kDim, kKeys>(launch, [&](const Item<kPacked>& item) {
+    const int count = item.keys.count(), kv_head = item.head / launch.f.a.group();
+    if (count == 0) return;
+    const auto load_keys = [&](int n, const Ring& k) {
+      barrier_wait(&shared.k_empty[k.slot], k.odd ^ 1);
+      shared.k[k.slot].load(launch.k, &shared.k_full[k.slot], item.k.row(item.at(n) * kKeys),
+                            kv_head, item.k.line(), evict_last());
+    };
+    load_keys(0, v);
+    barrier_wait(&shared.q_empty, q.odd ^ 1);
+    shared.q.load(launch.q, &shared.q_full, item.q.row(item.query0), item.head, item.q.line(),
+                  evict_first());
+    q.next();
+    for (int n = 0; n < count; ++n) {
+      Ring k = v;
+      k.next();
+      if (n + 1 < count) load_keys(n + 1, k);
+      barrier_wait(&shared.v_empty[v.slot], v.odd ^ 1);
+      shared.v[v.slot].load(launch.v, &shared.v_full[v.slot], item.k.row(item.at(n) * kKeys),
+                            kv_head, item.k.line(), evict_last());
+      v = k;
     }
   });
 }
 
 // What a consumer does.
-template <typename T, int kDim, int kKeys>
+template <bool kPacked, typename T, int kDim, int kKeys>
 struct Work {
   using S = HopperShape<kDim>;
 
@@ -94,13 +96,13 @@ struct Work {
 
   // Scores of a tile to probabilities.
   template <bool kChecked>
-  __device__ __forceinline__ void attend(float (&s)[kKeys / 2], const Item& item, int n) {
+  __device__ __forceinline__ void attend(float (&s)[kKeys / 2], const Item<kPacked>& item, int n) {
     auto& scores = reinterpret_cast<Fragments<1, kKeys / 8>&>(s);
     const Attention<T>& a = launch.f.a;
     if constexpr (kChecked) {
       const int row = consumer * kGroupRows + thread / kWarpSize * 16;
       hide_outside(scores, Pairs<false>::of(item.query0, item.at(n) * kKeys, row),
-                   ahead_of(a.size), a.options.left, a.options.right, a.size.seq_k);
+                   item.ahead(), a.options.left, a.options.right, item.k.count);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -126,14 +128,14 @@ struct Work {
   }
 
   // The scores of tile n have come: its keys are not needed any more, nor are queries by the last.
-  __device__ void keys_done(const Item& item, int n) {
+  __device__ void keys_done(const Item<kPacked>& item, int n) {
     release(&shared.k_empty[k.slot]);
     k.next();
     if (n + 1 == item.keys.count()) release(&shared.q_empty);
   }
 
   // Of the first tile there are only scores.
-  __device__ __forceinline__ void begin(const Item& item) {
+  __device__ __forceinline__ void begin(const Item<kPacked>& item) {
     float s[kKeys / 2];
     barrier_wait(&shared.q_full, q.odd);
     q.next();
@@ -149,7 +151,7 @@ struct Work {
   // The scores of tile n and the product of the one before. To wait for the next values here is no
   // loss, and keeps ptxas from putting off most powers until after the wait for the sums.
   template <bool kChecked>
-  __device__ __forceinline__ void step(const Item& item, int n) {
+  __device__ __forceinline__ void step(const Item<kPacked>& item, int n) {
     float s[kKeys / 2];
     barrier_wait(&shared.k_full[k.slot], k.odd);
     turn_take();
@@ -167,7 +169,7 @@ struct Work {
     round(s);
   }
 
-  __device__ void run(const Item& item) {
+  __device__ void run(const Item<kPacked>& item) {
 #pragma unroll
     for (int i = 0; i < kDim / 2; ++i) sums[i] = 0.f;
     highest[0] = highest[1] = -INFINITY;
@@ -187,9 +189,9 @@ struct Work {
     end(item);
   }
 
-  __device__ void end(const Item& item) {
+  __device__ void end(const Item<kPacked>& item) {
     const Forward<T>& f = launch.f;
-    const int seq_q = f.a.size.seq_q, own = consumer * kGroupRows;
+    const int seq_q = item.q.count, own = consumer * kGroupRows;
     const int row = own + thread / kWarpSize * 16 + thread % kWarpSize / 4;
     float part[2];
 #pragma unroll
@@ -199,7 +201,7 @@ struct Work {
       part[i] = total[i] == 0.f ? 0.f : 1.f / total[i];
       const int query = item.query0 + row + 8 * i;
       if (thread % 4 == 0 && query < seq_q) {
-        const int64_t place = static_cast<int64_t>(item.index) * seq_q + query;
+        const int64_t place = f.a.lines.of(item.q.first, item.head) + query;
         f.highest[place] = highest[i] * f.a.template factor<false>();
         f.total[place] = total[i];
       }
@@ -221,15 +223,15 @@ struct Work {
 #pragma unroll
     for (int i = 0; i < kDim / kPanelCols; ++i) {
       tensor_store(launch.out, shared.out.at[i] + own * kPanelCols,
-                   {i * kPanelCols, item.query0 + own, item.head, item.batch});
+                   {i * kPanelCols, item.q.row(item.query0 + own), item.head, item.q.line()});
     }
     bulk_commit();
   }
 };
 
-template <typename T, int kDim, int kKeys>
-__global__ void __launch_bounds__(HopperShape<kDim>::kThreads, 1)
-    hopper_kernel(const __grid_constant__ Launch<T> launch) {
+// What a block does.
+template <bool kPacked, int kDim, int kKeys, typename T>
+__device__ __forceinline__ void forward(const Launch<T>& launch) {
   using S = HopperShape<kDim>;
   auto& shared = shared_tiles<HopperShared<T, kDim, kKeys>>();
   if (threadIdx.x == 0) {
@@ -241,70 +243,96 @@ __global__ void __launch_bounds__(HopperShape<kDim>::kThreads, 1)
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
     registers_release<S::kProducerRegisters>();
-    if (threadIdx.x == 0) produce(launch, shared);
+    if (threadIdx.x == 0) produce<kPacked>(launch, shared);
   } else {
     registers_claim<S::kConsumerRegisters>();
-    Work<T, kDim, kKeys> work(launch, shared);
+    Work<kPacked, T, kDim, kKeys> work(launch, shared);
     if (work.consumer == S::kConsumers - 1) work.turn_pass(work.consumer);  // to the first
-    for_items<kDim, kKeys>(launch, [&](const Item& item) { work.run(item); });
+    for_items<kPacked, kDim, kKeys>(launch, [&](const Item<kPacked>& item) { work.run(item); });
     if (work.thread == 0) bulk_wait_read<0>();
   }
 }
 
 template <typename T, int kDim, int kKeys>
-cudaError_t launch_hopper(const Forward<T>& f, int processors, cudaStream_t stream) {
+__global__ void __launch_bounds__(HopperShape<kDim>::kThreads, 1)
+    hopper_kernel(const __grid_constant__ Launch<T> launch) {
+  forward<false, kDim, kKeys>(launch);
+}
+
+template <typename T, int kDim, int kKeys>
+__global__ void __launch_bounds__(HopperShape<kDim>::kThreads, 1)
+    packed_hopper_kernel(const __grid_constant__ Launch<T> launch) {
+  forward<true, kDim, kKeys>(launch);
+}
+
+template <bool kPacked, typename T, int kDim, int kKeys>
+cudaError_t launch_hopper(const Forward<T>& f, const Packed& packed, cudaStream_t stream) {
   using S = HopperShape<kDim>;
   const Sizes& size = f.a.size;
-  Launch<T> launch{};
-  launch.f = f;
-  cudaError_t status =
-      make_map(&launch.q, f.a.q, size.batch, size.heads, size.seq_q, kDim, S::kQueries);
-  const auto then = [&](CUtensorMap* map, const auto& x, int heads, int seq, int rows) {
-    if (status == cudaSuccess) status = make_map(map, x, size.batch, heads, seq, kDim, rows);
-  };
-  then(&launch.k, f.a.k, size.kv_heads, size.seq_k, kKeys);
-  then(&launch.v, f.a.v, size.kv_heads, size.seq_k, kKeys);
-  then(&launch.out, f.out, size.heads, size.seq_q, kGroupRows);
-  if (status != cudaSuccess) return status;
-
-  const int64_t heads = int64_t{size.batch} * size.heads, tiles = tiles_of(size.seq_q, S::kQueries);
+  const int64_t seq_q = kPacked ? std::min<int64_t>(size.seq_q, packed.rows_q) : size.seq_q;
+  const int64_t heads = int64_t{size.batch} * size.heads, tiles = tiles_of(seq_q, S::kQueries);
   if (heads * tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const int64_t bytes = int64_t{2} * sizeof(T) * size.seq_k * kDim;  // of keys and values of a head
-  const int64_t section =
-      std::max<int64_t>(1, kLastingBytes / bytes) * (size.heads / size.kv_heads);
-  launch.schedule = {static_cast<int>(heads), static_cast<int>(tiles),
-                     static_cast<int>(std::min(section, heads)), f.a.options.right >= 0};
-  return launch_clusters(hopper_kernel<T, kDim, kKeys>,
-                         std::min<int64_t>(heads * tiles, processors), 1, S::kThreads,
+  const auto schedule = Schedule::of(size.batch * size.kv_heads, size.heads / size.kv_heads,
+                                     static_cast<int>(tiles), size.seq_k, 2 * sizeof(T) * kDim,
+                                     f.a.options.right >= 0);
+  Launch<T> launch{{}, {}, {}, {}, f, packed, schedule};
+
+  cudaError_t status = cudaSuccess;
+  const auto map = [&](CUtensorMap* to, const auto& x, int heads, int seq, int64_t rows, int box) {
+    if (status != cudaSuccess) return;
+    if constexpr (kPacked) {
+      status = make_map(to, in_sequences(x, rows, kDim), rows + 1, heads, rows, kDim, box);
+    } else {
+      status = make_map(to, x, size.batch, heads, seq, kDim, box);
+    }
+  };
+  map(&launch.q, f.a.q, size.heads, size.seq_q, packed.rows_q, S::kQueries);
+  map(&launch.k, f.a.k, size.kv_heads, size.seq_k, packed.rows_k, kKeys);
+  map(&launch.v, f.a.v, size.kv_heads, size.seq_k, packed.rows_k, kKeys);
+  map(&launch.out, f.out, size.heads, size.seq_q, packed.rows_q, kGroupRows);
+  if (status != cudaSuccess) return status;
+  const int64_t processors = attribute(cudaDevAttrMultiProcessorCount);
+  const auto kernel =
+      kPacked ? packed_hopper_kernel<T, kDim, kKeys> : hopper_kernel<T, kDim, kKeys>;
+  return launch_clusters(kernel, std::min(heads * tiles, processors), 1, S::kThreads,
                          kSharedBytes<HopperShared<T, kDim, kKeys>>, stream, launch);
+}
+
+template <bool kPacked, typename T>
+cudaError_t launch_for_width(const Forward<T>& f, const Packed& packed, cudaStream_t stream) {
+  if (f.a.size.dim == 64) return launch_hopper<kPacked, T, 64, 128>(f, packed, stream);
+  const bool limited = f.a.options.left >= 0 || f.a.options.right >= 0;
+  return limited ? launch_hopper<kPacked, T, 128, 128>(f, packed, stream)
+                 : launch_hopper<kPacked, T, 128, 160>(f, packed, stream);
 }
 
 }  // namespace
 
 template <typename T>
-bool is_for_hopper(const Forward<T>& f) {
+bool is_for_hopper(const Forward<T>& f, const Packed& packed) {
   const Sizes& size = f.a.size;
   const bool fits = size.dim == size.v_dim && (size.dim == 64 || size.dim == 128);
-  return fits && !is_scored(f.a) && has_map(f.a.q, size.batch, size.heads, size.seq_q) &&
-         has_map(f.a.k, size.batch, size.kv_heads, size.seq_k) &&
-         has_map(f.a.v, size.batch, size.kv_heads, size.seq_k) &&
-         has_map(f.out, size.batch, size.heads, size.seq_q) &&
+  const auto has = [&](const auto& x, int heads, int seq, int64_t rows) {
+    return packed.ends_q ? has_packed_map(x, heads, rows, size.dim)
+                         : has_map(x, size.batch, heads, seq);
+  };
+  return fits && !is_scored(f.a) && has(f.a.q, size.heads, size.seq_q, packed.rows_q) &&
+         has(f.a.k, size.kv_heads, size.seq_k, packed.rows_k) &&
+         has(f.a.v, size.kv_heads, size.seq_k, packed.rows_k) &&
+         has(f.out, size.heads, size.seq_q, packed.rows_q) &&
          attribute(cudaDevAttrComputeCapabilityMajor) == 9;
 }
 
 template <typename T>
-cudaError_t hopper_forward(const Forward<T>& f, cudaStream_t stream) {
-  const int processors = attribute(cudaDevAttrMultiProcessorCount);
-  if (f.a.size.dim == 64) return launch_hopper<T, 64, 128>(f, processors, stream);
-  const bool limited = f.a.options.left >= 0 || f.a.options.right >= 0;
-  return limited ? launch_hopper<T, 128, 128>(f, processors, stream)
-                 : launch_hopper<T, 128, 160>(f, processors, stream);
+cudaError_t hopper_forward(const Forward<T>& f, const Packed& packed, cudaStream_t stream) {
+  return packed.ends_q ? launch_for_width<true>(f, packed, stream)
+                       : launch_for_width<false>(f, packed, stream);
 }
 
-template bool is_for_hopper(const Forward<__half>&);
-template bool is_for_hopper(const Forward<__nv_bfloat16>&);
-template cudaError_t hopper_forward(const Forward<__half>&, cudaStream_t);
-template cudaError_t hopper_forward(const Forward<__nv_bfloat16>&, cudaStream_t);
+template bool is_for_hopper(const Forward<__half>&, const Packed&);
+template bool is_for_hopper(const Forward<__nv_bfloat16>&, const Packed&);
+template cudaError_t hopper_forward(const Forward<__half>&, const Packed&, cudaStream_t);
+template cudaError_t hopper_forward(const Forward<__nv_bfloat16>&, const Packed&, cudaStream_t);
 
 }  // namespace tilewise
 

@@ -123,7 +123,7 @@ PROMISES: Sequence[Promise] = (
             ("attention",), f"{kernel}<*>", "cuda", dtypes=HALVES,
             architectures=frozenset({"sm_90"}), instruction="HGMMA",
         )
-        for kernel in ("hopper_kernel", "hopper_keys_kernel", "hopper_queries_kernel")
+        for kernel in ("*hopper_kernel", "hopper_keys_kernel", "hopper_queries_kernel")
     ),
     Promise(("sample",), "tile_kernel<*>", "cuda", dtypes=HALVES, instruction="HMMA"),
     Promise(("attention",), "append_kernel<8, *", "cuda", dtypes=HALVES, wide=True),
