@@ -139,6 +139,34 @@ void check_copy(DType dtype, int swizzle, std::vector<int64_t> sizes, std::vecto
   });
 }
 
+// What comes after a packed sequence is neither seen nor written.
+void check_sequence(int rows, int first, int count, int row) {
+  const std::string name = "copy of a sequence, rows " + std::to_string(first) + " to " +
+                           std::to_string(first + count) + " of " + std::to_string(rows) +
+                           ", from its row " + std::to_string(row);
+  check(name, [&] {
+    constexpr int kCols = 64;
+    const std::vector<double> values = drawn(rows * kCols);
+    const Array x(DType::bf16, values), seen(DType::bf16, kBoxRows * kCols);
+    const Array stored(DType::bf16, std::vector<double>(rows * kCols));
+    Result result;
+    result.status =
+        copy_sequence(stored.at(), seen.at(), x.at(), rows, first, count, row, nullptr);
+    if (result.status != cudaSuccess) return result;
+    std::vector<double> box(kBoxRows * kCols, 0.), copied(rows * kCols, 0.);
+    for (int i = 0; i < std::min(count - row, kBoxRows) * kCols; ++i) {
+      box[i] = values[(first + row) * kCols + i];
+      copied[(first + row) * kCols + i] = 2 * box[i];
+    }
+    result.got = seen.values();
+    result.expected = box;
+    const std::vector<double> written = stored.values();
+    result.got.insert(result.got.end(), written.begin(), written.end());
+    result.expected.insert(result.expected.end(), copied.begin(), copied.end());
+    return result;
+  });
+}
+
 // A tensor that the copy engine cannot read has no map.
 void check_refusal(const std::string& what, int64_t columns, int offset) {
   check("copy refuses " + what, [&] {
@@ -282,6 +310,10 @@ void check_all() {
   check_copy(DType::bf16, 3, {72, 18, 5}, {8, 3, 2});
   check_copy(DType::bf16, 2, {40, 9, 5, 3}, {-8, 2, -1, 2});
   check_copy(DType::bf16, 1, {24, 5, 5, 3, 3}, {0, 1, 2, 0, 2});
+  check_sequence(150, 20, 30, 0);   // ends in the box
+  check_sequence(150, 20, 30, 16);
+  check_sequence(150, 20, 90, 0);   // after it
+  check_sequence(150, 90, 60, 40);  // with the tensor
   check_refusal("rows that are not 16-byte aligned", 68, 0);
   check_refusal("a tensor that is not 16-byte aligned", 64, 2);
   for (int swizzle = 0; swizzle < 4; ++swizzle) {

@@ -1,4 +1,5 @@
 // The copy engine: one box from a tensor into shared memory and on into another tensor.
+#include "cuda/attention/hopper_launch.cuh"
 #include "cuda/cluster_launch.cuh"
 #include "cuda/tensor_map.cuh"
 #include "units/units.h"
@@ -107,6 +108,23 @@ cudaError_t copy_box(void* stored, void* seen, const void* x, int rank, const in
                    Fault::copy_wrong_swizzle, Fault::copy_store_not_awaited,
                    Fault::copy_store_not_fenced, Fault::copy_map_too_large>(
       fault, [&](auto planted) { return with(std::integral_constant<int, 2>{}, kType, planted); });
+}
+
+cudaError_t copy_sequence(void* stored, void* seen, const void* x, int rows, int first, int count,
+                          int row, cudaStream_t stream) {
+  using T = __nv_bfloat16;
+  const auto make = [&](CUtensorMap* map, const void* at) {
+    const Heads<const T> packed{static_cast<const T*>(at), kPanelCols, 0, kPanelCols};
+    return tilewise::make_map(map, in_sequences(packed, rows, kPanelCols), rows + 1, 1, rows,
+                              kPanelCols, kBoxRows);
+  };
+  CUtensorMap from, to;
+  cudaError_t status = make(&from, x);
+  if (status == cudaSuccess) status = make(&to, stored);
+  if (status != cudaSuccess) return status;
+  const Corner<4> corner{{0, rows - count + row, 0, first + count}};
+  return launch_clusters(copy_kernel<Fault::none, 4, T>, 1, 1, kThreads, kSharedBytes<Shared>,
+                         stream, static_cast<T*>(seen), from, to, corner, Swizzle::bytes128);
 }
 
 }  // namespace tilewise::units

@@ -14,6 +14,11 @@ namespace tilewise::units {
 cudaError_t copy_box(void* stored, void* seen, const void* x, int rank, const int64_t* sizes,
                      const int* at, int swizzle, DType dtype, Fault fault, cudaStream_t stream);
 
+// The same of 64 rows, from `row` on, of a packed sequence: `count` rows of x from `first` on, by
+// the map that attention makes of them. x, stored: [rows, 64] of bf16.
+cudaError_t copy_sequence(void* stored, void* seen, const void* x, int rows, int first, int count,
+                          int row, cudaStream_t stream);
+
 constexpr int kBoxRows = 64;
 
 // c = a b in fp32 by one warpgroup; a: [64, 64], b: [64, cols], either or its transpose. cols is a
