@@ -2,14 +2,16 @@
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
 
 from tilewise import bench, clock, machine
-from tilewise.check import standard_of
+from tilewise.check import converted, outputs_and_grads, standard_of
 from tilewise.native import EMULATED
 from tilewise.op import INTERPRETED, OPS
+from tilewise.verify import ahead_of_time
 
 ROW_KEYS = [
     "op", "direction", "device", "dtype", "size", "provider", "threads", "seconds", "host_seconds",
@@ -197,6 +199,54 @@ def test_the_most_important_work_comes_first():
     product = replace(SMALL, flops=lambda *tensors, **options: 1)
     assert [w.op for w in bench.works([product, other], "cpu", quick=True)] == [other, product]
     assert all(w.dtype == torch.float64 for w in bench.works([SMALL], "cpu", torch.float64))
+
+
+def test_a_gpu_has_workloads_of_its_own_before_the_others(monkeypatch):
+    own = replace(SMALL, workloads=[SIZE], gpu_workloads=[{"rows": 8, "cols": 8}])
+    others = ["rms_norm float32 rows=64 cols=32", "rms_norm bfloat16 rows=64 cols=32"]
+    assert [str(w) for w in bench.works([own], "cpu")] == others
+    first = "rms_norm bfloat16 rows=8 cols=8"
+    assert [str(w) for w in bench.works([own], "cuda")] == [first, *others[::-1]]
+    assert [str(w) for w in bench.works([own], "cuda", quick=True)] == [first]
+    asked = [str(w) for w in bench.works([own], "cuda", torch.float32)]
+    assert asked == [first.replace("bfloat16", "float32"), others[0]]
+
+
+def test_workloads_of_a_gpu_are_compiled_ahead_of_time():
+    own = replace(SMALL, gpu_workloads=[{"rows": 8, "cols": 8}])
+    for sizes in (ahead_of_time.sizes_to_launch, ahead_of_time.few_sizes):
+        assert sizes(own) == [*sizes(SMALL), {"rows": 8, "cols": 8}]
+
+
+# By what lengths are divided, and by what the bytes are then: scores by the square.
+SHRUNK = {"attention": (16, 256), "attention_varlen": (16, 256), "attention_decode": (64, 64)}
+
+
+def scores(size):
+    """How many the reference has: it pads sequences to the longest."""
+    if "seq_q" in size:
+        return size["heads"] * size["seq_q"] * size["seq_k"]
+    return size["heads"] * len(size["lengths"]) * torch.tensor(size["lengths"]).max()
+
+
+def shrunk(value, by):
+    if isinstance(value, tuple):
+        return tuple(shrunk(each, by) for each in value)
+    return value // by or 1
+
+
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.gpu_workloads])
+def test_the_references_of_a_gpus_own_workloads_fit_there(name):
+    """In fp64 with gradients beside all else, on an H200: foretold by the same in small."""
+    op, (by, growth) = OPS[name], SHRUNK[name]
+    size = max(op.gpu_workloads, key=scores)
+    long = {n: shrunk(v, by) for n, v in size.items() if n in ("seq_q", "seq_k", "lengths")}
+    long |= {n: max(long["lengths"]) for n in ("capacity",) if n in size}
+    tensors, options = op.inputs(**size | long, device="cpu", dtype=torch.bfloat16)
+    double = converted(tensors, torch.float64)
+    most = sum(t.nbytes for t in (*double, *tensors) if t is not None)
+    most += clock.peak_bytes(partial(outputs_and_grads, op, op.reference, double, options), "cpu")
+    assert 20 * 2**30 < most * growth < 100 * 2**30
 
 
 def test_the_budget_is_kept_and_what_is_dropped_is_said():

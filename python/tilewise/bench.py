@@ -134,14 +134,20 @@ def works(
 ) -> list[Work]:
     """Every work, the most important first: first workloads before second, first dtypes before.
 
-    Among equals those with matrix products come last: their references take longest by far.
+    Among equals those with matrix products come last: their references take longest by far. Those
+    of a GPU's own have the first dtype alone.
     """
     ops = sorted(ops, key=lambda op: op.flops is not None)
     dtypes = DTYPES[device] if dtype is None else (dtype,)
+    sizes = [(op, i, size) for op in ops for i, size in enumerate(op.timed_on(device))]
     found: list[Work] = []
-    for i in range(max((len(op.workloads) for op in ops), default=0)):
+    for place in range(max((i + 1 for _, i, _ in sizes), default=0)):
         for kind in dtypes:
-            found += [Work(op, op.workloads[i], kind) for op in ops if i < len(op.workloads)]
+            found += [
+                Work(op, size, kind)
+                for op, i, size in sizes
+                if i == place and (kind == dtypes[0] or size not in op.gpu_workloads)
+            ]
     return found[: len(ops)] if quick else found
 
 

@@ -85,6 +85,7 @@ class Op:
         flops: Floating-point operations of one forward that a matrix product would count.
         native: PyTorch's own function on the same arguments, where there is one.
         constants: Positions of the tensors that have no gradient.
+        gpu_workloads: Those of a GPU's own, too large for a CPU; there they come first.
     """
 
     name: str
@@ -98,10 +99,15 @@ class Op:
     flops: Callable[..., int] | None = None
     native: Callable[..., Any] | None = None
     constants: frozenset[int] = frozenset()
+    gpu_workloads: Sequence[Size] = ()
     leading: int = field(init=False)  # which tensor has the device and the dtype, as its backends
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "leading", next(iter(self.backends.values())).leading)
+
+    def timed_on(self, device: str) -> list[Size]:
+        """The sizes worth the clock of a "cpu" or "cuda", the most important first."""
+        return [*(self.gpu_workloads if device == "cuda" else ()), *self.workloads]
 
 
 OPS: dict[str, Op] = {}

@@ -61,8 +61,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="run the workloads on the GPU here, and compare with what is compiled ahead of time",
     )  # fmt: skip
     parser.add_argument(
-        "--workload", type=int, default=0, metavar="N", help="of --prune: which one, from 0"
-    )
+        "--workload", type=int, default=0, metavar="N",
+        help="of --prune: which of those timed on a GPU, from 0",
+    )  # fmt: skip
 
 
 def run(arguments: Namespace) -> int:
@@ -248,7 +249,7 @@ def run_launched(ops: Sequence[str], dtype: torch.dtype, file: Path | None) -> i
     pairs: list[launched.Pair] = []
     for name in with_progress(ops, "launching", len(ops)):
         if "triton" in OPS[name].backends and dtype in OPS[name].backends["triton"].dtypes:
-            for size in OPS[name].workloads:
+            for size in OPS[name].timed_on("cuda"):
                 pairs += launched.launch_and_compile(OPS[name], dtype, size, architecture)
     rows = [
         (p.ahead.name, p.registers, p.ahead.registers, p.spills, p.ahead.spill_loads, p.shared,
@@ -276,7 +277,7 @@ def prune(
     able = search_space.ops_to_prune()
     if op not in able:
         raise Refusal(f"--prune: must be one of {', '.join(able)}, got {op!r}")
-    workloads = len(named_ops([op])[0].workloads)
+    workloads = len(OPS[op].timed_on("cuda"))
     if not 0 <= arguments.workload < workloads:
         raise Refusal(f"--workload: must be 0 to {workloads - 1}, got {arguments.workload}")
     found = []

@@ -84,6 +84,17 @@ CACHE_LSE_SIZES: list[Size] = [
 CACHE_WORKLOADS: list[Size] = [
     {"lengths": (n,), "heads": 32, "kv_heads": 8, "dim": 128, "capacity": n} for n in (4096, 16384)
 ]
+# Many sequences, 1 GiB and over, are read as fast as the memory can; what counts of a single one is
+# how soon it begins. The reference in fp64 takes 116 KiB for each token that there is room for.
+_GROUPED: dict[str, Any] = {"heads": 32, "kv_heads": 8, "dim": 128}
+_UNEVEN = tuple(4096 + 389 * (11 * i % 32) for i in range(32))  # to 16155
+CACHE_GPU_WORKLOADS: list[Size] = [
+    _GROUPED | {"lengths": (4096,) * 64, "capacity": 4096},
+    _GROUPED | {"lengths": _UNEVEN, "page_size": 16},
+    _GROUPED | {"lengths": (1024,), "capacity": 1024},
+    _GROUPED | {"lengths": (1024,), "capacity": 1024, "page_size": 16},
+    _GROUPED | {"lengths": (4096,), "capacity": 4096, "page_size": 16},
+]
 
 
 def append_inputs(

@@ -105,6 +105,17 @@ PACKED_WORKLOADS: list[Size] = [
         ((1024, 96, 512, 200, 768, 40, 1408), False),
     )
 ]  # fmt: skip
+# Few that are long and many that are short, 16384 together, in no order. The reference pads them to
+# the longest, and holds 54 GiB in fp64.
+_UNEVEN = (
+    650, 9, 2100, 130, 350, 4000, 1300, 80, 550, 2900, 35, 450, 180, 1600, 1000, 250, 800,
+)  # fmt: skip
+PACKED_GPU_WORKLOADS: list[Size] = [
+    {
+        "lengths": tuple((n, n) for n in _UNEVEN), "heads": 4, "kv_heads": 4, "dim": 128,
+        "causal": True,
+    }
+]  # fmt: skip
 
 
 def packed_flops(

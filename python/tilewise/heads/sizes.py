@@ -114,6 +114,25 @@ WORKLOADS: list[Size] = [
     {"batch": 1, "heads": 16, "kv_heads": 16, "seq_q": n, "seq_k": n, "dim": d, "causal": c}
     for n, d, c in ((1024, 64, True), (1024, 128, True), (1024, 64, False))
 ]
+_LONG: dict[str, Any] = {
+    "batch": 1, "heads": 16, "kv_heads": 16, "seq_q": 4096, "seq_k": 4096, "dim": 128,
+}  # fmt: skip
+_LONGER, _LONGEST = {"seq_q": 8192, "seq_k": 8192}, {"seq_q": 16384, "seq_k": 16384}
+_FEW = _LONGEST | {"heads": 4, "kv_heads": 4}
+# The reference in fp64 holds 33 bytes a score with its gradients, 33 GiB at the longest.
+GPU_WORKLOADS: list[Size] = [
+    _LONG | {"causal": True},
+    _LONG,
+    _LONG | {"bias": "hqk"},
+    _LONG | _LONGER | {"causal": True},
+    _LONG | _LONGER,
+    _LONG | {"dim": 64, "causal": True},
+    _LONG | {"dim": 64},
+    _LONG | {"heads": 32, "kv_heads": 8, "causal": True},
+    _LONG | _FEW | {"left": 1024, "causal": True},
+    _LONG | _FEW | {"causal": True},
+    _LONG | _FEW,
+]
 
 
 def flops(

@@ -9,7 +9,15 @@ from torch import Generator, Tensor
 from tilewise.heads.checks import check_parts
 from tilewise.heads.formula import Window, merged
 from tilewise.heads.launch import BACKENDS, attend, reference_of
-from tilewise.heads.sizes import LSE_SIZES, SIZES, WORKLOADS, bytes_moved, flops, inputs
+from tilewise.heads.sizes import (
+    GPU_WORKLOADS,
+    LSE_SIZES,
+    SIZES,
+    WORKLOADS,
+    bytes_moved,
+    flops,
+    inputs,
+)
 from tilewise.op import Op, declare
 
 
@@ -219,6 +227,7 @@ ATTENTION = declare(
         inputs=inputs,
         sizes=SIZES,
         workloads=WORKLOADS,
+        gpu_workloads=GPU_WORKLOADS,
         bytes_moved=bytes_moved,
         flops=flops,
         native=_native,

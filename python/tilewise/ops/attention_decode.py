@@ -13,6 +13,7 @@ from tilewise.heads.cache_launch import CACHE_BACKENDS, append_, decode
 from tilewise.heads.cache_sizes import (
     APPEND_SIZES,
     APPEND_WORKLOADS,
+    CACHE_GPU_WORKLOADS,
     CACHE_LSE_SIZES,
     CACHE_SIZES,
     CACHE_WORKLOADS,
@@ -236,6 +237,7 @@ DECODE = declare(
         inputs=cache_inputs,
         sizes=CACHE_SIZES,
         workloads=CACHE_WORKLOADS,
+        gpu_workloads=CACHE_GPU_WORKLOADS,
         bytes_moved=cache_bytes_moved,
         flops=cache_flops,
         native=_native,

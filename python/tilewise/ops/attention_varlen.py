@@ -9,6 +9,7 @@ from tilewise.heads.formula import Window
 from tilewise.heads.packed import packed_reference_of
 from tilewise.heads.packed_launch import PACKED_BACKENDS, attend_packed
 from tilewise.heads.packed_sizes import (
+    PACKED_GPU_WORKLOADS,
     PACKED_LSE_SIZES,
     PACKED_SIZES,
     PACKED_WORKLOADS,
@@ -255,6 +256,7 @@ VARLEN = declare(
         inputs=packed_inputs,
         sizes=PACKED_SIZES,
         workloads=PACKED_WORKLOADS,
+        gpu_workloads=PACKED_GPU_WORKLOADS,
         bytes_moved=packed_bytes_moved,
         flops=packed_flops,
         native=_native,

@@ -94,12 +94,13 @@ def _on_meta(argument: Any) -> Any:
 
 def sizes_to_launch(op: Op) -> list[Size]:
     """The declared sizes with something to launch: those checked, and those timed."""
-    return [size for size in (*op.sizes, *op.workloads) if 0 not in size.values()]
+    timed = (*op.workloads, *op.gpu_workloads)
+    return [size for size in (*op.sizes, *timed) if 0 not in size.values()]
 
 
 def few_sizes(op: Op) -> list[Size]:
     """Of those checked only the first, and those timed: a third of all kernels."""
-    return [*sizes_to_launch(op)[:FEW], *op.workloads]
+    return [*sizes_to_launch(op)[:FEW], *op.workloads, *op.gpu_workloads]
 
 
 # --- Launches that only compile.

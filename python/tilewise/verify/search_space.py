@@ -41,11 +41,11 @@ def candidates(
 ) -> list[Task]:
     """One task for each kernel in the search space and each combination of its options.
 
-    The kernels are launched by the workload of this number; those that no workload needs, by the
-    last declared size that does.
+    The kernels are launched by the workload of this number, of those timed on a GPU; those that it
+    does not need, by the last declared size that does.
     """
     shipped = plan(pool, [op], [dtype], [architecture])
-    wanted, space = dict(OPS[op].workloads[workload]), space_of(op)
+    wanted, space = dict(OPS[op].timed_on("cuda")[workload]), space_of(op)
     chosen = {task.kernel: task for task in shipped}
     chosen |= {
         task.kernel: task for task in plan(pool, [op], [dtype], [architecture], lambda _: [wanted])
