@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tilewise  # noqa: F401  (declares the ops)
-from tilewise import bench, clock
+from tilewise import bench, clock, libraries
 from tilewise.check import standard_of
 from tilewise.op import OPS
 
@@ -25,7 +25,7 @@ GROUPS = [
 CASES = [
     pytest.param(index, provider, id=f"{work}-{direction}-{provider}".replace(" ", "-"))
     for index, (work, direction) in enumerate(GROUPS)
-    for provider in (*bench.PEERS, *work.op.backends)
+    for provider in (*bench.PYTORCH, *libraries.ADAPTERS.get(work.op.name, ()), *work.op.backends)
 ]
 
 
@@ -47,7 +47,8 @@ def measured(index):
         found[name] = verdict.reason
         if bench.worth_timing(name, verdict):
             green[name] = bench.thunk(op, call, tensors, options, direction)
-    cold = DEVICE == "cuda" and op.flops is None
+    cost = bench.cost_of(op, tensors, options, standard, direction)
+    cold = DEVICE == "cuda" and clock.bound_by_memory(cost["bytes"], cost["flops"])
     return found | clock.interleaved(green, DEVICE, SECONDS_EACH, cold)
 
 

@@ -163,6 +163,27 @@ def test_without_a_gradient_there_is_one_direction():
     assert {row.direction for row in report.rows} == {"forward"}
 
 
+@pytest.mark.parametrize(
+    "name, size, cold",
+    [
+        ("rms_norm", SIZE, True),
+        ("attention_decode", {"lengths": (64,), "heads": 8, "kv_heads": 2, "dim": 16}, True),
+        ("attention", {"batch": 1, "heads": 1, "kv_heads": 1, "seq_q": 64, "seq_k": 64, "dim": 16},
+         False),
+    ],
+)  # fmt: skip
+def test_what_the_memory_bounds_is_cold_on_a_gpu(name, size, cold, monkeypatch):
+    """Decoding too, for all its products."""
+    asked = []
+    monkeypatch.setattr(bench, "_timed", lambda *arguments: asked.append(arguments[-1]) or {})
+    inputs = OPS[name].inputs
+    op = replace(OPS[name], inputs=lambda device, **size: inputs(device="cpu", **size))
+    for device in ("cuda", "cpu"):
+        list(bench._measure(bench.Work(op, size, torch.bfloat16), device, 1, "numba", False, 0.0))
+    half = len(asked) // 2
+    assert half and set(asked[:half]) == {cold} and not any(asked[half:])
+
+
 def test_an_input_that_does_not_fit_is_said():
     def inputs(**size):
         raise RuntimeError("not enough memory")

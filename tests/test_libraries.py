@@ -5,11 +5,13 @@ Triton's interpreter can run are held to it too."""
 import inspect
 from types import SimpleNamespace
 
+import attention_libraries
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tilewise import bench, libraries
+from tilewise.libraries import rows
 from tilewise.op import INTERPRETED, OPS
 
 
@@ -91,22 +93,36 @@ QUACK = SimpleNamespace(
     linear_cross_entropy_func=linear_cross_entropy_func,
     chunked_linear_cross_entropy=chunked_linear_cross_entropy,
 )
-STAND_INS = {"liger": LIGER, "quack": QUACK}
+STAND_INS = {"liger": LIGER, "quack": QUACK, **attention_libraries.STAND_INS}
 PAIRS = [(op, library) for op, table in libraries.ADAPTERS.items() for library in table]
 
 
+MOST = {
+    "rows": 5, "cols": 32, "tokens": 6, "dim": 16, "classes": 40, "seq": 7, "heads": 4,
+    "kv_heads": 2, "seq_q": 9, "seq_k": 9, "left": 3, "page_size": 4,
+}  # fmt: skip
+
+
 def small(workload):
-    """A workload in the size of a test."""
-    most = {"rows": 5, "cols": 32, "tokens": 6, "dim": 16, "classes": 40, "seq": 7, "heads": 4,
-            "kv_heads": 2}  # fmt: skip
-    return {n: min(v, most[n]) if n in most else v for n, v in workload.items()}
+    """A workload in the size of a test; lengths are still different, and full caches full."""
+
+    def length(value):
+        return tuple(map(length, value[:5])) if isinstance(value, tuple) else value % 11 + 2
+
+    short = {n: length(v) for n, v in workload.items() if n in ("lengths", "capacity")}
+    return workload | {n: min(v, MOST[n]) for n, v in workload.items() if n in MOST} | short
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch):
+    monkeypatch.setattr(libraries.attention, "compiled", lambda function: function)
 
 
 @pytest.mark.parametrize(("name", "library"), PAIRS)
 def test_an_adapter_asks_for_what_the_op_computes(name, library):
     op = OPS[name]
     _, adapter = libraries.ADAPTERS[name][library]
-    for i, workload in enumerate(op.workloads):
+    for i, workload in enumerate(op.timed_on("cuda")):
         torch.manual_seed(0)
         tensors, options = op.inputs(**small(workload), device="cpu", dtype=torch.float32)
         try:
@@ -120,26 +136,26 @@ def test_an_adapter_asks_for_what_the_op_computes(name, library):
 def test_what_a_library_has_not_is_refused():
     x, weight = torch.randn(2, 8), torch.randn(8)
     with pytest.raises(TypeError, match="has no bias"):
-        libraries._liger_rms_norm(LIGER, x, weight, weight, eps=1e-6)
+        rows._liger_rms_norm(LIGER, x, weight, weight, eps=1e-6)
     with pytest.raises(TypeError, match="has no activation 'relu'"):
-        libraries._liger_glu(LIGER, x, x, activation="relu")
+        rows._liger_glu(LIGER, x, x, activation="relu")
     with pytest.raises(TypeError, match="softcap"):
-        libraries._liger_softmax(LIGER, x, softcap=3.0)
+        rows._liger_softmax(LIGER, x, softcap=3.0)
 
 
 def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setattr(libraries, "find_spec", lambda name: None)
-    found, absent = libraries.calls("softmax")
+    found, absent = libraries.calls("softmax", "cuda")
     assert not found
     assert absent["liger"] == "needs liger_kernel, which is not installed"
-    assert libraries.calls("embed") == ({}, {})
+    assert libraries.calls("embed", "cuda") == ({}, {})
 
     def broken(name):
         raise OSError("no libcuda.so")
 
     monkeypatch.setattr(libraries, "find_spec", lambda name: name)
     monkeypatch.setattr(libraries, "import_module", broken)
-    found, absent = libraries.calls("softmax")
+    found, absent = libraries.calls("softmax", "cuda")
     assert not found and absent["quack"] == "cannot be imported: OSError: no libcuda.so"
 
 
@@ -152,9 +168,11 @@ def test_a_library_is_timed_beside_the_others(monkeypatch):
         return y
 
     class OnGpu:
-        is_cuda = True
+        device = torch.device("cuda")
 
-    monkeypatch.setattr(libraries, "calls", lambda op: ({"liger": softmax}, {"quack": "is away"}))
+    monkeypatch.setattr(
+        libraries, "calls", lambda op, device: ({"liger": softmax}, {"quack": "is away"})
+    )
     op = OPS["softmax"]
     calls, absent = bench.providers(op, (OnGpu(),), {}, 1, "reference", False)
     assert calls["liger"] is softmax and absent["quack"] == "is away"
@@ -179,7 +197,7 @@ def test_a_library_is_timed_beside_the_others(monkeypatch):
 @pytest.mark.parametrize("name", ["softmax", "cross_entropy", "linear_cross_entropy", "rotary"])
 def test_with_liger_itself(name):
     pytest.importorskip("liger_kernel")
-    calls, absent = libraries.calls(name)
+    calls, absent = libraries.calls(name, "cuda")
     assert "liger" in calls and "liger" not in absent
     op = OPS[name]
     tensors, options = op.inputs(**small(op.workloads[0]), device="cpu", dtype=torch.float32)

@@ -1,8 +1,8 @@
 """How fast is a backend? Every workload of every op beside PyTorch, from the declarations.
 
 Green first: a backend that fails the rule of `tilewise.check` is reported and not timed. PyTorch's
-own rounding is not ours to judge, nor that of the `libraries` that are timed on a GPU: a peer that
-fails the rule is reported too, and timed all the same.
+own rounding is not ours to judge, nor that of the `libraries`: a peer that fails the rule is
+reported too, and timed all the same.
 """
 
 import time
@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilewise import libraries
+from tilewise import clock, libraries
 from tilewise.check import Result, Standard, gradient_inputs, outputs_and_grads, standard_of
 from tilewise.choice import refusal
 from tilewise.clock import Call, Roof, fair_clock, interleaved, measure_roof, peak_bytes, summary
 from tilewise.op import Op, Size, Tensors, stand_in
 
 DIRECTIONS = ("forward", "forward+backward")
-PEERS = ("reference", "torch", "torch.compile", *libraries.MODULES)
+PYTORCH = ("reference", "torch", "torch.compile")
+PEERS = (*PYTORCH, *libraries.MODULES)
 
 # What is timed unless a dtype is asked for, the most important first.
 DTYPES = {
@@ -242,7 +243,7 @@ def _measure(
         green = [name for name, verdict in verdicts.items() if worth_timing(name, verdict[index])]
         timed = {name: thunk(op, calls[name], own[name], options, direction) for name in green}
         cost: dict[str, Any] = cost_of(op, tensors, options, standard, direction)
-        cold = device == "cuda" and op.flops is None
+        cold = device == "cuda" and clock.bound_by_memory(cost["bytes"], cost["flops"])
         for name, figures in _timed(timed, device, seconds_each, cold).items():
             largest = verdicts[name][index].error
             yield Row(
@@ -281,7 +282,6 @@ def providers(
 ) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
     """Who can be asked for these tensors, and of the others why not."""
     calls: dict[str, Callable[..., Any]] = {"reference": op.reference}
-    absent: dict[str, str] = {}
     if op.native is not None:
         calls["torch"] = op.native
     if compiled:
@@ -289,9 +289,9 @@ def providers(
         calls["torch.compile"] = torch.compile(
             op.reference, dynamic=False, options={"cpp.threads": threads}
         )
-    if tensors[op.leading].is_cuda:  # type: ignore[union-attr]
-        there, absent = libraries.calls(op.name)
-        calls |= there
+    place = tensors[op.leading].device.type  # type: ignore[union-attr]
+    there, absent = libraries.calls(op.name, place)
+    calls |= there
     for name, candidate in op.backends.items():
         if backend not in (None, name):
             continue

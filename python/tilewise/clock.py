@@ -16,6 +16,7 @@ Call = Callable[[], object]
 
 SHORTEST = 100e-6  # seconds a sample on a CPU takes at least; a shorter call is repeated within it
 FEWEST, MOST = 5, 200  # rounds
+FEW_FLOPS = 10  # for a byte: every GPU does as many while it reads one
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,11 @@ def _on_gpu(call: Call, cold: bool) -> Callable[[], tuple[float, float]]:
         return start.elapsed_time(end) * 1e-3, host_seconds
 
     return sample
+
+
+def bound_by_memory(moved: int | None, flops: int | None) -> bool:
+    """Whether the bytes of an op take a GPU longer than its matrix products."""
+    return (flops or 0) < FEW_FLOPS * (moved or 0)
 
 
 def fair_clock(device: str, threads: int) -> str:

@@ -1,37 +1,22 @@
-"""Other libraries' kernels for the same work, as an op is called: benchmarks time what is there.
+"""Liger's and QuACK's kernels of rows and losses. Some write over their inputs."""
 
-Liger (https://github.com/linkedin/Liger-Kernel) and QuACK (https://github.com/Dao-AILab/quack),
-both for GPUs. An adapter takes an op's tensors and the options that the library has too; any other
-is a TypeError, which the benchmark reports in the place of a time. Some write over their inputs,
-and must be given copies.
-"""
-
-from collections.abc import Callable
-from functools import lru_cache, partial
-from importlib import import_module
-from importlib.util import find_spec
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-MODULES = {"liger": "liger_kernel", "quack": "quack"}
+from tilewise.libraries.adapters import Adapters, without
 
 _LIGER = "liger_kernel.transformers.functional"
 _LIGER_CASTING = {"torch": "gemma", "llama": "llama"}
-
-
-def _without(**options: Any) -> None:
-    for name, value in options.items():
-        if value is not None:
-            raise TypeError(f"has no {name}")
 
 
 def _liger_rms_norm(
     liger: Any, x: Tensor, weight: Tensor, bias: None, *, eps: float, weight_offset: float = 0.0,
     casting: str = "torch",
 ) -> Any:  # fmt: skip
-    _without(bias=bias)
+    without(bias=bias)
     return liger.liger_rms_norm(x, weight, eps, weight_offset, _LIGER_CASTING[casting], False)
 
 
@@ -39,7 +24,7 @@ def _liger_add_rms_norm(
     liger: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: None, *, eps: float,
     weight_offset: float = 0.0, casting: str = "torch",
 ) -> Any:  # fmt: skip
-    _without(bias=bias)
+    without(bias=bias)
     casting = _LIGER_CASTING[casting]
     return liger.liger_fused_add_rms_norm(x, residual, weight, eps, weight_offset, casting, False)
 
@@ -49,7 +34,7 @@ def _liger_layer_norm(liger: Any, x: Tensor, weight: Tensor, bias: Tensor, *, ep
 
 
 def _liger_softmax(liger: Any, x: Tensor, bias: None = None) -> Any:
-    _without(bias=bias)
+    without(bias=bias)
     return liger.liger_softmax(x)
 
 
@@ -104,7 +89,7 @@ def _quack_add_rms_norm(
 
 
 def _quack_softmax(quack: Any, x: Tensor, bias: None = None) -> Any:
-    _without(bias=bias)
+    without(bias=bias)
     return quack.softmax(x)
 
 
@@ -121,8 +106,7 @@ def _quack_linear_cross_entropy(
     return getattr(quack, function)(hidden, linear_weight, *bias, target, **options)
 
 
-# By op and library: the module that holds the function, and the adapter.
-ADAPTERS: dict[str, dict[str, tuple[str, Callable[..., Any]]]] = {
+ADAPTERS: Adapters = {
     "rms_norm": {"liger": (_LIGER, _liger_rms_norm), "quack": ("quack", _quack_rms_norm)},
     "add_rms_norm": {
         "liger": (_LIGER, _liger_add_rms_norm),
@@ -141,18 +125,3 @@ ADAPTERS: dict[str, dict[str, tuple[str, Callable[..., Any]]]] = {
     "glu": {"liger": (_LIGER, _liger_glu)},
     "rotary": {"liger": (_LIGER, _liger_rotary)},
 }
-
-
-def calls(op: str) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
-    """The libraries' functions for an op, by library; and of those that are missing, why."""
-    found: dict[str, Callable[..., Any]] = {}
-    absent: dict[str, str] = {}
-    for library, (module, adapter) in ADAPTERS.get(op, {}).items():
-        if find_spec(MODULES[library]) is None:
-            absent[library] = f"needs {MODULES[library]}, which is not installed"
-            continue
-        try:
-            found[library] = partial(adapter, import_module(module))
-        except Exception as error:  # whatever a library of others does when it is imported
-            absent[library] = f"cannot be imported: {type(error).__name__}: {error}"
-    return found, absent
