@@ -148,6 +148,18 @@ def test_what_raises_is_not_timed_and_stops_nobody():
     assert {entry.reason for entry in report.untimed} == {"ZeroDivisionError: no such kernel"}
 
 
+def test_without_gradients_the_forward_pass_is_timed():
+    def forward_only(x, *tensors, backend, **options):
+        if x.requires_grad:
+            raise NotImplementedError("has no backward")
+        return OPS["rms_norm"].reference(x, *tensors, **options)
+
+    report = run(work(replace(SMALL, call=forward_only)))
+    assert [r.direction for r in report.rows if r.provider == "numba"] == ["forward"]
+    said = [(u.provider, u.direction, u.reason) for u in report.untimed]
+    assert said == [("numba", "forward+backward", "NotImplementedError: has no backward")]
+
+
 def test_a_peer_outside_the_rule_is_timed_and_named():
     def rough(*tensors, **options):
         return OPS["rms_norm"].reference(*tensors, **options) * 1.01

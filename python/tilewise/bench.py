@@ -8,7 +8,7 @@ reported too, and timed all the same.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -318,17 +318,19 @@ def worth_timing(provider: str, verdict: Verdict) -> bool:
 
 
 def judge(
-    op: Op,
-    call: Callable[..., Any],
-    tensors: Tensors,
-    options: dict[str, Any],
-    standard: Standard,
+    op: Op, call: Callable[..., Any], tensors: Tensors, options: dict[str, Any], standard: Standard
 ) -> tuple[Verdict, Verdict]:
     """Hold `call` to the rule: its outputs, and its outputs with their gradients."""
+    lacks = None
     try:
         ours = outputs_and_grads(op, call, tensors, options)
     except Exception as error:  # whatever a peer raises, the others are still timed
-        return (Verdict(float("inf"), _line(error)),) * 2
+        lacks = Verdict(float("inf"), _line(error))
+        try:  # it may have no gradient
+            constants = frozenset(range(len(tensors)))
+            ours = outputs_and_grads(replace(op, constants=constants), call, tensors, options)
+        except Exception:
+            return lacks, lacks
     results = standard.judge(ours, Result(op.name, "", "", "", {}))
 
     def verdict(count: int) -> Verdict:
@@ -337,7 +339,7 @@ def judge(
         pairs = zip(ours[:count], standard.truth, strict=False)
         return Verdict(max(largest_error(*pair) for pair in pairs), "; ".join(said))
 
-    return verdict(standard.outputs), verdict(len(results))
+    return verdict(standard.outputs), lacks or verdict(len(results))
 
 
 def largest_error(ours: Tensor, truth: Tensor) -> float:
