@@ -49,7 +49,10 @@ KEYS_BACK = {
         {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}),
 }  # fmt: skip
 # Of packed sequences, whose lengths are in registers too: dq spilled in fp32 with 4 warps (sm_90
-# and sm_120), dk and dv of heads of 128 in 16 bits on sm_100.
+# and sm_120), dk and dv of heads of 128 in 16 bits on sm_100, their out on sm_80 and sm_120.
+PACKED_FORWARD = {
+    4: FORWARD[4], 2: ({**FORWARD[2][0], 128: (64, 64, 8, 2)}, *FORWARD[2][1:]),
+}  # fmt: skip
 PACKED_QUERIES = {4: (QUERIES_BACK[4][1], *QUERIES_BACK[4][1:]), 2: QUERIES_BACK[2]}
 PACKED_KEYS = {4: KEYS_BACK[4], 2: ({**KEYS_BACK[2][0], 128: (16, 64, 4, 1)}, *KEYS_BACK[2][1:])}
 BIAS_BACK = {  # a bias alone is much

@@ -29,6 +29,7 @@ from tilewise.kernels.triton._attention_tiles import (
     LONG_FORWARD,
     LONG_KEYS,
     LONG_QUERIES,
+    PACKED_FORWARD,
     PACKED_KEYS,
     PACKED_QUERIES,
     QUERIES_BACK,
@@ -116,7 +117,8 @@ def _attend(
     described = not hides_keys(rules) and are_described(q, k, v, packed, k, v)
     level = kept_beside(q, k, v, packed, rules, drawn)
     long = long_options(described, LONG_FORWARD, level, rules)
-    options = options_of(FORWARD, level, q, v, long)
+    table = FORWARD if packed.ends_q is None else PACKED_FORWARD
+    options = options_of(table, level, q, v, long)
     options["QUERIES"] = min(options["QUERIES"], max(triton.next_power_of_2(seq_q), 16))
     tiles = (k, options["DIM"]), (v, options["V_DIM"])
     keys, values, *strides = streamed(described, options["KEYS"], *tiles)
