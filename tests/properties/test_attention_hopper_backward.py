@@ -85,7 +85,7 @@ def test_many_heads_and_tiles(play, dim, seen):
 def test_more_than_stays_in_the_cache(play, seq_q, seq_k):
     """Then heads are worked on some at a time. Of one side the other sees only the end."""
     play(HOPPER)
-    tensors = tensors_of(heads=2, seq_q=seq_q, seq_k=seq_k, dim=128)
+    tensors = tensors_of(seq_q=seq_q, seq_k=seq_k, dim=128)
     last = [t[:, :, -170:] for t in tensors]
     dout, dlse = cotangents_of(last)
     before = seq_q - dout.shape[2]
