@@ -117,9 +117,8 @@ def _queries_backward_kernel(
         mask_at, bias_at, slope = at_head(rules, batch, head)
         seed, offset = numbers_of(drawn)
         q = turned(load_rows(q_ptr, query, q_strides[2], col, dim, inside), sign)
-        highest, share = statistics(
-            highest_ptr + line, total_ptr + line, query, seq_q, q.dtype == tl.float32
-        )
+        SPLIT: tl.constexpr = q.dtype == tl.float32
+        highest, share = statistics(highest_ptr + line, total_ptr + line, query, seq_q, SPLIT)
         dq = tl.zeros([QUERIES, DIM], tl.float32)
         mean = tl.zeros_like(dq)
         stretch = stretches(
@@ -137,7 +136,7 @@ def _queries_backward_kernel(
                         CHECK, DQ, EXACT, DIM, V_DIM, KEYS,
                     )  # fmt: skip
         if DQ:
-            if q.dtype == tl.float32:
+            if SPLIT:
                 dq -= (exact - delta)[:, None] * mean
             dq_ptr += at_q * dq_strides[0]
             store_rows(dq_ptr, dq * scale, query, dq_strides[2], col, dim, inside)

@@ -183,7 +183,7 @@ def _differentiate(
     options["QUERIES"] = min(options["QUERIES"], max(triton.next_power_of_2(seq_q), 16))
     tiles = (k, options["DIM"]), (v, options["V_DIM"])
     keys, values, *strides = streamed(described, options["KEYS"], *tiles)
-    dbias = _written_with_dq(given[1], q, whole, sizes, rules) if want_dbias else None
+    dbias = _written_with_dq(given[1], q, sizes, *added) if want_dbias else None
     exact = q.itemsize == 4 or (want_dbias and dbias is None)
     _queries_backward_kernel[(triton.cdiv(seq_q, options["QUERIES"]) * batch * heads,)](
         dq, dbias, statistics[0], dout, dlse, q, keys, values, out, highest, total, *added, heads,
@@ -213,13 +213,15 @@ def _differentiate(
 
 
 def _written_with_dq(
-    bias: Tensor, q: Tensor, whole: bool, sizes: tuple[int, ...], rules: Rules
+    bias: Tensor, q: Tensor, sizes: tuple[int, ...], packed: Packed, rules: Rules, drawn: Drawn
 ) -> Tensor | None:
     """Room for dbias where it is one element a score, in 16 bits, zero where no tile is seen. Then
-    the error of delta is one of 16 bits too, but where a query may see next to nothing."""
+    the error of delta is one of 16 bits too, but where a query may see next to nothing, or dropout
+    leave it that."""
     batch, seq_q, seq_k = sizes
     bounded = rules.left is not None and rules.right is not None
     few = rules.mask is not None or (bounded and rules.left + rules.right < _MANY)
+    whole = packed.ends_q is None and drawn.scale is None
     if few or not whole or q.itemsize != 2 or bias.shape != (batch, q.shape[1], seq_q, seq_k):
         return None
     limited = rules.left is not None or rules.right is not None

@@ -5,7 +5,6 @@ right. All lengths and windows are in `test_attention_hopper.py`, which holds gr
 import math
 
 import pytest
-import test_attention_hopper as forward
 import torch
 from test_attention_hopper import BEFORE, HOPPER, LEFT, ORDERS, SEEN, TAKEN, spread, tensors_of
 from torch.nn.functional import pad
@@ -13,7 +12,6 @@ from torch.nn.functional import pad
 from tilewise.check import Result, failures, standard_of
 from tilewise.op import OPS
 
-play = forward.play
 WITH_LSE = OPS["attention_with_lse"]
 # Queries come 64 at a time, keys 128: one of each too many, too few, and more than go in the ring.
 EDGES = [(64, 128), (65, 129), (63, 127), (320, 40)]

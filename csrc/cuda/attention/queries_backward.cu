@@ -21,8 +21,8 @@ struct Backward {
   __device__ bool sees_keys() const { return dq.at || dbias || exact; }
 };
 
-// As in forward.cu; registers of the six 173, 200, 194, 210, 246, 243, scored 254, 255, 220, 234,
-// 254, 252; of packed sequences 175, 202, 196, 213, 248, 244, scored 254, 255, 224, 238, 255, 243.
+// As in forward.cu; registers of the six 173, 200, 194, 209, 246, 243, scored 254, 255, 228, 242, 255, 246;
+// of packed sequences 175, 202, 196, 213, 248, 244, scored 254, 255, 232, 242, 255, 249.
 // Shared bytes: 30720, 55296, 53248, 69632, 86016, 101376.
 template <int kDim, int kVDim>
 struct Shape {
