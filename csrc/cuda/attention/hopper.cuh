@@ -97,14 +97,14 @@ struct HopperShared {
 
 constexpr int kLastingBytes = 32 << 20;  // of keys and values that stay in L2 together
 
-// In which order the tiles of queries of some heads are worked on. Heads go by `section`, whose
-// keys and values stay in L2; of a section the last tiles of all heads come first if they see the
-// most.
+// In which order the tiles of some heads are worked on, of queries, or, by the kernel of dk and dv,
+// of keys. Heads go by `section`, whose keys and values, or queries and dout, stay in L2; of a
+// section the last tiles of all heads come first if they see the most.
 struct Schedule {
   int heads, tiles, section;
   bool last_first;
 
-  // row_bytes: of a key and its values.
+  // row_bytes: of what passes by, of a key and its values.
   __host__ __device__ static Schedule of(int kv_heads, int group, int tiles, int seq_k,
                                          int row_bytes, bool last_first) {
     const int most = kLastingBytes / row_bytes / (seq_k > 0 ? seq_k : 1);

@@ -17,30 +17,9 @@ constexpr int kBackwardThreads = kWarpgroup * (1 + kBackwardConsumers);
 constexpr int kBackwardStages = 3;  // of a ring: a tile whose end is read, one begun, one to come
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
-// Which head a block works on, of `heads` of all batches, and which of its tiles.
-struct Place {
-  int index, tile;
-
-  __device__ explicit Place(const Schedule& s) {
-    const unsigned number = blockIdx.x, whole = s.section * s.tiles;
-    const unsigned first = number / whole * s.section, rest = number % whole;
-    const unsigned beside = min(static_cast<unsigned>(s.section), s.heads - first);
-    const int turn = rest / beside;
-    index = first + rest % beside;
-    tile = s.last_first ? s.tiles - 1 - turn : turn;
-  }
-};
-
 // The n-th tile of the other side: as in the forward pass, those that are not seen whole are first.
 __device__ inline int turn_of(const Reach& reach, int n) { return reach.at(reach.count() - 1 - n); }
 __device__ inline int partial(const Reach& reach) { return reach.count() - reach.whole(); }
-
-// `bytes` of the other side pass by all tiles of heads that share them, `sharing` many.
-inline Schedule schedule_of(int64_t heads, int64_t tiles, int64_t bytes, int64_t sharing,
-                            bool last_first) {
-  const int64_t section = std::min(heads, std::max<int64_t>(1, kLastingBytes / bytes) * sharing);
-  return {static_cast<int>(heads), static_cast<int>(tiles), static_cast<int>(section), last_first};
-}
 
 // --- Products, on their way when these return.
 

@@ -54,9 +54,9 @@ struct Item {
   Reach queries;
 
   template <typename T>
-  __device__ Item(const Attention<T>& a, const Place& place)
-      : batch(place.index / a.size.kv_heads),
-        kv_head(place.index % a.size.kv_heads),
+  __device__ Item(const Attention<T>& a, Schedule::Place place)
+      : batch(place.head / a.size.kv_heads),
+        kv_head(place.head % a.size.kv_heads),
         key0(place.tile * kKeys),
         queries(key0, min(key0 + kKeys, a.size.seq_k) - 1, -ahead_of(a.size), a.options.right,
                 a.options.left, a.size.seq_q, kQueries) {}
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     shared.init();
   }
   __syncthreads();
-  const Item item(launch.b.a, Place(launch.schedule));
+  const Item item(launch.b.a, launch.schedule.at(blockIdx.x));
   if (threadIdx.x < kWarpgroup) {
     registers_release<kProducerRegisters>();
     if (threadIdx.x < kWarpSize) produce(launch, shared, item);
@@ -288,9 +288,10 @@ cudaError_t launch_keys(const KeysBackward<T>& b, cudaStream_t stream) {
 
   const int64_t heads = int64_t{size.batch} * size.kv_heads, tiles = tiles_of(size.seq_k, kKeys);
   if (heads * tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const int64_t bytes = int64_t{2} * sizeof(T) * size.seq_q * kDim * b.a.group();
   const bool last_sees_most = b.a.options.left >= 0 && b.a.options.right < 0;
-  launch.schedule = schedule_of(heads, tiles, bytes, 1, last_sees_most);
+  const auto row_bytes = static_cast<int>(2 * sizeof(T) * kDim * b.a.group());
+  launch.schedule = Schedule::of(static_cast<int>(heads), 1, static_cast<int>(tiles), size.seq_q,
+                                 row_bytes, last_sees_most);
   return launch_clusters(hopper_keys_kernel<T, kDim>, heads * tiles, 1, kBackwardThreads,
                          kSharedBytes<Shared<T, kDim>>, stream, launch);
 }

@@ -54,10 +54,10 @@ struct Queries {
   Reach keys;
 
   template <typename T>
-  __device__ Queries(const QueriesBackward<T>& b, const Place& place)
-      : index(place.index),
-        batch(place.index / b.a.size.heads),
-        head(place.index % b.a.size.heads),
+  __device__ Queries(const QueriesBackward<T>& b, Schedule::Place place)
+      : index(place.head),
+        batch(place.head / b.a.size.heads),
+        head(place.head % b.a.size.heads),
         kv_head(head / b.a.group()),
         query0(place.tile * kQueries),
         keys(query0, min(query0 + kQueries, b.a.size.seq_q) - 1, ahead_of(b.a.size),
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     shared.init();
   }
   __syncthreads();
-  const Queries<kDim> block(launch.b, Place(launch.schedule));
+  const Queries<kDim> block(launch.b, launch.schedule.at(blockIdx.x));
   if (threadIdx.x < kWarpgroup) {
     registers_release<kProducerRegisters>();
     if (threadIdx.x == 0) produce(launch, shared, block);
@@ -286,8 +286,8 @@ cudaError_t launch_queries(const QueriesBackward<T>& b, cudaStream_t stream) {
 
   const int64_t heads = int64_t{size.batch} * size.heads, tiles = tiles_of(size.seq_q, kQueries);
   if (heads * tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const int64_t bytes = int64_t{2} * sizeof(T) * size.seq_k * kDim;
-  launch.schedule = schedule_of(heads, tiles, bytes, b.a.group(), b.a.options.right >= 0);
+  launch.schedule = Schedule::of(size.batch * size.kv_heads, b.a.group(), static_cast<int>(tiles),
+                                 size.seq_k, 2 * sizeof(T) * kDim, b.a.options.right >= 0);
   return launch_clusters(hopper_queries_kernel<T, kDim>, heads * tiles, 1, kBackwardThreads,
                          kSharedBytes<Shared<T, kDim>>, stream, launch);
 }
