@@ -215,18 +215,10 @@ def _written_with_dq(
     q, _, _, mask, bias, _, _, ends, _ = given
     batch, heads, _, seq_q, seq_k, *_ = sizes
     left, right, softcap, _, dropped = options[10:15]
+    assert q is not None and bias is not None
     few = mask is not None or (min(left, right) >= 0 and left + right < _MANY)
-    if (
-        few
-        or dropped
-        or softcap
-        or ends is not None
-        or bias is None
-        or q is None
-        or bias.dtype != q.dtype
-    ):
-        return None
-    if bias.shape != (batch, heads, seq_q, seq_k):
+    alike = bias.dtype == q.dtype and bias.shape == (batch, heads, seq_q, seq_k)
+    if few or dropped or softcap or ends is not None or not alike:
         return None
     make = torch.empty if left < 0 and right < 0 else torch.zeros
     return make(bias.shape, dtype=q.dtype, device=q.device)

@@ -11,8 +11,9 @@ from tilewise.kernels.triton._descriptors import can_describe, descriptor_of, ha
 from tilewise.kernels.triton._packed import Packed
 from tilewise.kernels.triton._shared import launch_options
 
-# From how many multiplications of a product on loops read by descriptors. To make one and pass it
-# takes the host about 5 us, where this many take the tensor cores of an H200 some 20 (by count).
+# From how many multiplications of the two forward products on loops read by descriptors. To make
+# one and pass it takes the host some 5 us, this many the tensor cores of an H200 some 20: guessed
+# and counted, not timed.
 LARGE = 2**33
 
 
